@@ -1,0 +1,1 @@
+"""fxopt: a compiler-style model-transform library for PyTorch."""
