@@ -1,0 +1,190 @@
+"""Capture: an `nn.Module` and one call become a flat Program, through non-strict torch.export."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn as nn
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from fxopt.errors import CaptureError
+from fxopt.ir import meta, torch_patches
+from fxopt.ir.edit import copy_graph, inline_grad_modes, inputs_first, read_state
+from fxopt.ir.program import Program, ShapeGuards, Signature, Slot
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module, flattened: the pytree, the tensor leaves, and the constants among the leaves."""
+
+    spec: pytree.TreeSpec
+    leaves: tuple[tuple[Any] | None, ...]
+    tensors: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """Flatten a call. Dataclass-like containers that pytree does not know stay leaves (constants)."""
+        flat, spec = pytree.tree_flatten((args, dict(kwargs)))
+        leaves = tuple(None if isinstance(x, torch.Tensor) else (x,) for x in flat)
+        return cls(spec, leaves, tuple(x for x in flat if isinstance(x, torch.Tensor)))
+
+    def rebuild(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """`(args, kwargs)` with other tensors in place of the recorded ones."""
+        it = iter(tensors)
+        return pytree.tree_unflatten([next(it) if leaf is None else leaf[0] for leaf in self.leaves], self.spec)
+
+
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """Every parameter and buffer name to the first name of the same tensor (tied weights have several)."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        names[name] = first.setdefault(id(tensor), name)
+    return names
+
+
+@contextlib.contextmanager
+def _as_function_of_tensors(model: nn.Module, call: Call) -> Iterator[None]:
+    """`model.forward` takes the call's tensor leaves, so that names stay and signatures do not matter."""
+    original = model.forward
+
+    def forward(*tensors: torch.Tensor) -> Any:
+        args, kwargs = call.rebuild(tensors)
+        return original(*args, **kwargs)
+
+    had = model.__dict__.get("forward")
+    model.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
+        if had is not None:
+            model.__dict__["forward"] = had
+
+
+def example_tensors(call: Call) -> tuple[torch.Tensor, ...]:
+    """Tensors to capture with: distinct objects (export would tie aliases together), batch of at least two.
+
+    torch.export specializes dimensions of size 1. When every tensor leaf has a leading dimension of 1, that is a batch
+    of one, and the example is repeated to two.
+    """
+    shaped = [t for t in call.tensors if t.dim() > 0]
+    double = bool(shaped) and all(t.shape[0] == 1 for t in shaped)
+    found = []
+    for t in call.tensors:
+        new = t.detach().clone()
+        if double and t.dim() > 0:
+            new = torch.cat([new, new])
+        found.append(new.requires_grad_(t.requires_grad))
+    return tuple(found)
+
+
+def capture(model: nn.Module, call: Call) -> Program:
+    """The Program of one call of `model`, in its present mode (train or eval), grad mode and autocast state.
+
+    Raises:
+        CaptureError: with the module path and the user's source line at which the export failed.
+    """
+    grad = torch.is_grad_enabled()
+    places = torch_patches.CallTrace(model)
+    examples = example_tensors(call)
+    doubled = any(a.shape != b.shape for a, b in zip(examples, call.tensors))
+    try:
+        program = _export(model, call, examples, places)
+    except Exception as error:
+        if doubled:
+            try:
+                single = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in call.tensors)
+                return _from_export(model, call, _export(model, call, single, places))
+            except Exception:  # noqa: BLE001  the first error is the one to report
+                pass
+        path, line = places.where(error)
+        raise CaptureError(f"{type(model).__name__} cannot be captured: {type(error).__name__}: {_first_line(error)}",
+                           where=f"module {path or '<root>'}, {line}" if line else f"module {path or '<root>'}", do=_advice(error)) from error
+    finally:
+        torch._C._set_grad_enabled(grad)  # a raise inside a no_grad region of an export leaves it off
+    return _from_export(model, call, program)
+
+
+def _export(model: nn.Module, call: Call, examples: tuple[torch.Tensor, ...], places: torch_patches.CallTrace) -> Any:
+    shapes = (tuple({d: torch.export.Dim.AUTO for d in range(t.dim())} for t in examples),)
+    with _as_function_of_tensors(model, call), places.recording(), torch_patches.for_capture():
+        return torch.export.export(model, examples, dynamic_shapes=shapes, strict=False)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else ""
+
+
+def _advice(error: BaseException) -> str:
+    text = str(error)
+    if "data-dependent" in text.lower() or "GuardOnDataDependent" in type(error).__name__:
+        return ("the code branches on the values of a tensor, which a graph cannot hold: move the branch out of the model, "
+                "write it with torch.where, or pass the condition as an argument")
+    if "fake" in text.lower() and "constant" in text.lower():
+        return "a tensor made during the call is kept on the module: make it in __init__, or register it as a buffer"
+    return "make the named line traceable by torch.export, or pass a submodule that is"
+
+
+def _from_export(model: nn.Module, call: Call, exported: Any) -> Program:
+    names = canonical_names(model)
+    slots: dict[str, Slot] = {}
+    constants: dict[str, Any] = {}
+    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    graph, mapping = copy_graph(exported.graph)
+    parameters = dict(model.named_parameters())
+    user: list[fx.Node] = []
+    for old in list(exported.graph.nodes):
+        node = mapping[old]
+        node.meta[meta.PROVENANCE] = meta.from_capture(old)
+        if old.op == "placeholder":
+            spec = specs[old.name]
+            if spec.kind is InputKind.USER_INPUT:
+                user.append(node)
+                continue
+            if spec.kind is InputKind.CONSTANT_TENSOR:
+                target, kind = f"constant.{spec.target}", "constant"
+                constants[target] = exported.constants[spec.target]
+            elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+                target = names[spec.target]
+                kind = "parameter" if target in parameters else "buffer"
+            else:
+                raise CaptureError(f"an input of kind {spec.kind.name} is not supported", where=spec.target or old.name,
+                                   do="keep custom objects out of the traced code")
+            val = node.meta["val"]
+            slots.setdefault(target, Slot(target, tuple(val.shape), val.dtype, kind, kind == "parameter" and parameters[target].requires_grad))
+            read_state(graph, node, target)
+        elif old.op == "get_attr":
+            constants[f"constant.{old.target}"] = _attribute(exported.graph_module, old.target)
+            node.target = f"constant.{old.target}"
+    inputs_first(graph, user)
+    inline_grad_modes(graph, constants)
+    output = next(reversed(graph.nodes))
+    flat = list(output.args[0])
+    out_spec = exported.call_spec.out_spec
+    fake_mode = next((n.meta["val"].fake_mode for n in graph.nodes if hasattr(n.meta.get("val"), "fake_mode")), None)
+    if fake_mode is None:
+        raise CaptureError(f"{type(model).__name__} computes on no tensors", do="pass a module with tensor inputs or parameters")
+    output.args = (tuple(flat),)
+    signature = Signature(call.spec, call.leaves, out_spec)
+    return Program(graph, slots, signature, fake_mode, constants, training=model.training)
+
+
+def _attribute(root: Any, path: str) -> Any:
+    for part in path.split("."):
+        root = getattr(root, part)
+    return root
+
+
+def guards(program: Program) -> ShapeGuards:
+    """The sizes that a program covers."""
+    return ShapeGuards([meta.value(node) for node in program.placeholders], getattr(program.fake_mode, "shape_env", None))

@@ -1,0 +1,147 @@
+"""Scoped patches of torch during a capture: the one place where names of another package are replaced.
+
+torch.export was built for inference. Three things would be silently wrong in training without these patches (measured
+on torch 2.13): the backward of a user's `autograd.Function` is lost, a reentrant `torch.utils.checkpoint` loses all
+gradients, and a non-reentrant one loses its mark. Every patch is undone on exit, also after an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+import torch.nn as nn
+import torch.utils.checkpoint as checkpoint
+from torch.utils import _pytree as pytree
+
+NAMESPACE = "fxopt_user"
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_OPS: dict[Any, Any] = {}
+_NUMBER = itertools.count()
+_APPLY = torch.autograd.Function.__dict__["apply"]
+
+
+def _opaque(function: type, spec: pytree.TreeSpec, leaves: tuple[Any, ...]) -> tuple[Any, list[Any]]:
+    """The custom op that stands for one kind of call of a user's Function, and a cell with its output structure.
+
+    The op's Autograd kernel calls the real `apply`: the joint trace later runs the user's own backward.
+    """
+    key = (function, str(spec), tuple(repr(leaf) for leaf in leaves))
+    if key in _OPS:
+        return _OPS[key]
+    name = f"{function.__name__}_{next(_NUMBER)}"
+    structure: list[Any] = []
+
+    def run(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        it = iter(tensors)
+        args = pytree.tree_unflatten([next(it) if leaf is None else leaf[0] for leaf in leaves], spec)
+        out = _APPLY.__func__(function, *args)
+        flat, out_spec = pytree.tree_flatten(out)
+        structure[:] = [out_spec, [None if isinstance(x, torch.Tensor) else (x,) for x in flat]]
+        return [x for x in flat if isinstance(x, torch.Tensor)]
+
+    _LIBRARY.define(f"{name}(Tensor[] tensors) -> Tensor[]")
+    for dispatch in ("Autograd", "CPU", "CUDA", "Meta"):
+        _LIBRARY.impl(name, run, dispatch)
+    _OPS[key] = getattr(getattr(torch.ops, NAMESPACE), name).default, structure
+    return _OPS[key]
+
+
+@contextlib.contextmanager
+def keep_autograd_functions() -> Iterator[None]:
+    """Each `Function.apply` of a user becomes one op node, whose backward is the user's."""
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if cls.__name__.startswith("GeneratedBackwardFor") or kwargs:  # the autograd of a torch.library op is one node already
+            return _APPLY.__func__(cls, *args, **kwargs)
+        flat, spec = pytree.tree_flatten(args)
+        leaves = tuple(None if isinstance(x, torch.Tensor) else (x,) for x in flat)
+        op, structure = _opaque(cls, spec, leaves)
+        outs = iter(op([x for x in flat if isinstance(x, torch.Tensor)]))
+        out_spec, out_leaves = structure
+        return pytree.tree_unflatten([next(outs) if leaf is None else leaf[0] for leaf in out_leaves], out_spec)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = _APPLY  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def mark_checkpoints() -> Iterator[None]:
+    """`torch.utils.checkpoint` regions are traced through; their nodes carry the region's number."""
+    numbers = itertools.count()
+
+    class Through:
+        @staticmethod
+        def apply(function: Any, preserve: bool, *args: Any) -> Any:
+            with fx_traceback.annotate({"checkpoint": next(numbers)}):
+                return function(*args)
+
+    def generator(function: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with fx_traceback.annotate({"checkpoint": next(numbers)}):
+            yield
+
+    saved = checkpoint.CheckpointFunction, checkpoint._checkpoint_without_reentrant_generator
+    checkpoint.CheckpointFunction, checkpoint._checkpoint_without_reentrant_generator = Through, generator  # type: ignore[assignment,misc]
+    try:
+        with fx_traceback.preserve_node_meta():
+            yield
+    finally:
+        checkpoint.CheckpointFunction, checkpoint._checkpoint_without_reentrant_generator = saved  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def for_capture() -> Iterator[None]:
+    """All patches that a capture needs."""
+    with keep_autograd_functions(), mark_checkpoints():
+        yield
+
+
+class CallTrace:
+    """Remembers which module was running, so that an error can be placed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = {module: name for name, module in model.named_modules()}
+        self.running: list[str] = []
+        self.deepest: str = ""
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Hooks on every module for the duration of one capture."""
+        self.running.clear()
+        handles = []
+
+        def enter(module: nn.Module, args: Any) -> None:
+            self.running.append(self.names.get(module, ""))
+            self.deepest = self.running[-1]
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if self.running:
+                self.running.pop()
+
+        for module in self.names:
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def where(self, error: BaseException) -> tuple[str, str]:
+        """(module path, `file.py:line: code`) at which a capture failed."""
+        line = ""
+        ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        torch_dir = os.path.dirname(os.path.abspath(torch.__file__))
+        for frame in traceback.extract_tb(error.__traceback__):
+            if not frame.filename.startswith((ours, torch_dir, "<")) and "contextlib" not in frame.filename:
+                line = f"{frame.filename}:{frame.lineno}: {frame.line}"
+        return (self.running[-1] if self.running else self.deepest), line
