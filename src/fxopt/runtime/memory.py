@@ -1,0 +1,56 @@
+"""Peak memory, measured by the system and not estimated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+import resource
+import sys
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def reset_peak(device: torch.device | None = None) -> bool:
+    """Starts a new peak measurement and says whether that worked.
+
+    On a CUDA device it resets the allocator's counter. On Linux it sets the process's high-water mark to what is
+    resident now. Elsewhere the mark cannot be reset: False, and `peak_bytes` then counts since the process began.
+    """
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        _CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes(device: torch.device | None = None) -> int:
+    """Peak since the last successful `reset_peak`, in bytes.
+
+    On a CUDA device: what the allocator held at most. Otherwise: the most resident memory of the process (VmHWM on
+    Linux, `ru_maxrss` since the process began elsewhere).
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = _status("VmHWM")
+    if peak is None:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak
+
+
+def resident_bytes() -> int | None:
+    """Resident memory of this process now, in bytes; None where the system does not tell."""
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int | None:
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
