@@ -1,0 +1,140 @@
+"""What a graph says about memory and gradients: which nodes share storage, which are written, which take a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from fxopt.ir import meta
+from fxopt.ir.edit import mutates
+
+aten = torch.ops.aten
+
+# Composite operators whose schema does not say that they may return their input, and do not.
+_FRESH = frozenset({
+    aten.linear.default, aten.matmul.default, aten.layer_norm.default, aten.rms_norm.default, aten.scaled_dot_product_attention.default,
+    aten.cross_entropy_loss.default, aten.softmax.int, aten.log_softmax.int, aten.conv1d.default, aten.conv2d.default, aten.group_norm.default,
+    aten.silu.default, aten.embedding.default, aten.repeat_interleave.self_int, aten.stack.default, aten.cat.default,
+})
+
+
+def called(node: Any, *targets: Any) -> bool:
+    """Whether `node` is a node that calls one of the targets."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator call by schema name, without those that are None or equal to their default."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return {**{str(i): arg for i, arg in enumerate(node.args)}, **node.kwargs}
+    found: dict[str, Any] = {}
+    for i, argument in enumerate(target._schema.arguments):
+        value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        if value is None or (argument.has_default_value() and not isinstance(value, fx.Node) and type(value) is type(argument.default_value)
+                             and value == argument.default_value):
+            continue
+        found[argument.name] = value
+    return found
+
+
+def ancestor(outer: str, inner: str) -> bool:
+    """Whether module path `outer` is `inner` or contains it."""
+    return outer == "" or outer == inner or inner.startswith(outer + ".")
+
+
+class Flow:
+    """Facts about one state of a graph; make a new one after the graph changed.
+
+    Attributes:
+        order: position of each node.
+        roots: for each node, the nodes whose storage its value may share (itself if it is fresh).
+        aliases: for each root, the nodes whose value may share its storage.
+        written: roots that some node writes into.
+        returned: roots whose storage reaches an output.
+        grad: nodes whose value may take a gradient, as if every floating-point parameter and input did.
+    """
+
+    def __init__(self, graph: fx.Graph, slots: Any) -> None:
+        self.order: dict[fx.Node, int] = {}
+        self.roots: dict[fx.Node, frozenset[fx.Node]] = {}
+        self.aliases: dict[fx.Node, list[fx.Node]] = {}
+        self.written: set[fx.Node] = set()
+        self.returned: set[fx.Node] = set()
+        self.grad: set[fx.Node] = set()
+        for i, node in enumerate(graph.nodes):
+            self.order[node] = i
+            if node.op == "output":
+                for source in node.all_input_nodes:
+                    self.returned |= self.roots[source]
+                continue
+            shared = {root for source in sharing(node) for root in self.roots[source]}
+            self.roots[node] = frozenset(shared) if shared else frozenset({node})
+            for root in self.roots[node]:
+                self.aliases.setdefault(root, []).append(node)
+            for source in writes(node):
+                self.written |= self.roots[source]
+            if self._takes_gradient(node, slots):
+                self.grad.add(node)
+
+    def _takes_gradient(self, node: fx.Node, slots: Any) -> bool:
+        if not any(val.is_floating_point() or val.is_complex() for val in meta.tensors(node)):
+            return False
+        if node.op == "placeholder":
+            return True
+        if node.op == "get_attr":
+            slot = slots.get(node.target)
+            return slot is not None and slot.kind == "parameter"
+        if node.target is aten.detach.default:
+            return False
+        return any(source in self.grad for source in node.all_input_nodes)
+
+    def state(self, node: fx.Node) -> bool:
+        """Whether the node's storage may belong to an input or to the model's state."""
+        return any(root.op != "call_function" for root in self.roots[node])
+
+
+def sharing(node: fx.Node) -> Iterator[fx.Node]:
+    """The arguments whose storage the node's value may share."""
+    target = node.target
+    if node.op != "call_function":
+        return
+    if not isinstance(target, torch._ops.OpOverload):
+        yield from node.all_input_nodes  # getitem, and higher-order operators, of which nothing is known
+        return
+    if target in _FRESH:
+        return
+    schema = target._schema
+    marked = [a.name for a in schema.arguments if a.alias_info is not None]
+    if marked and any(r.alias_info is not None for r in schema.returns):
+        given = _by_name(node)
+        for name in marked:
+            yield from _nodes(given.get(name))
+    elif not marked and target._can_decompose():
+        yield from node.all_input_nodes  # a composite without annotations, such as dropout, may return its input
+
+
+def writes(node: fx.Node) -> Iterator[fx.Node]:
+    """The arguments that the node writes into."""
+    if node.op != "call_function" or not mutates(node):
+        return
+    given = _by_name(node)
+    marked = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    for name in marked or ("running_mean", "running_var"):
+        yield from _nodes(given.get(name))
+
+
+def _by_name(node: fx.Node) -> dict[str, Any]:
+    names = [a.name for a in node.target._schema.arguments]
+    return {**dict(zip(names, node.args)), **node.kwargs}
+
+
+def _nodes(value: Any) -> Iterator[fx.Node]:
+    if isinstance(value, fx.Node):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _nodes(item)
