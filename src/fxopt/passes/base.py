@@ -19,11 +19,13 @@ class Promise:
             with a stated bound, such as quantization), "same" (only tags; nothing is recomputed).
         gradients: "all" (every parameter that took a gradient still does), or "declared" (the pass freezes some by name).
         bound: for "bounded", the relative error of the replaced values (Frobenius norm), as the pass documents it.
+        random: "same" (the same random operations in the same order, so one seed gives the same numbers), or "declared".
     """
 
     values: str = "tolerance"
     gradients: str = "all"
     bound: float | None = None
+    random: str = "same"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,136 @@
+"""What a pass promised, checked on the graphs alone: outputs, trainable state, writes, random numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from fxopt.errors import PassError
+from fxopt.ir import meta
+from fxopt.ir.edit import Edit, mutates, random
+from fxopt.ir.program import Program
+from fxopt.passes.base import Pass
+
+aten = torch.ops.aten
+
+
+def changed(edit: Edit) -> bool:
+    """Whether an edit differs from its source: in nodes, arguments, tags, slots, frozen names or assumptions."""
+    before = edit.source
+    if edit.rewrites or edit.slots != dict(before.slots) or edit.frozen != before.frozen or tuple(edit.assumptions) != before.assumptions:
+        return True
+    old, new = before.nodes, edit.nodes
+    if len(old) != len(new):
+        return True
+    for a, b in zip(old, new):
+        same = (a.name, a.op, a.target) == (b.name, b.op, b.target) and str((a.args, a.kwargs)) == str((b.args, b.kwargs))
+        if not same or a.meta.keys() != b.meta.keys() or any(b.meta[key] is not found for key, found in a.meta.items()):
+            return True
+    return False
+
+
+def check(pass_: Pass, before: Program, after: Program) -> None:
+    """Raise a PassError if `after` breaks what `pass_` promised about `before`."""
+    broken = _outputs(before, after) or _inputs(before, after) or _writes(before, after)
+    if broken is None and pass_.promise.gradients == "all":
+        broken = _trainable(before, after)
+    if broken is None and pass_.promise.random == "same":
+        broken = _random(before, after)
+    if broken is not None:
+        raise PassError(f"{pass_} broke its promise: {broken}", where=f"pass {pass_.name}", do="this is a bug of the pass: report it with the program's text")
+
+
+def _kind(out: Any) -> str:
+    """What a caller relies on of an output: dtype, rank and device of a tensor, the value of a constant."""
+    val = meta.value(out) if isinstance(out, fx.Node) else out
+    if isinstance(val, torch.Tensor):
+        return f"{str(val.dtype).removeprefix('torch.')} of rank {val.dim()} on {val.device}"
+    return type(val).__name__ if isinstance(out, fx.Node) else repr(val)
+
+
+def _outputs(before: Program, after: Program) -> str | None:
+    old, new = before.outputs, after.outputs
+    if len(old) != len(new):
+        return f"{len(old)} outputs became {len(new)}"
+    for i, (a, b) in enumerate(zip(old, new)):
+        if _kind(a) != _kind(b):
+            return f"output {i} was {_kind(a)} and is {_kind(b)}"
+    return None
+
+
+def _inputs(before: Program, after: Program) -> str | None:
+    old, new = [node.target for node in before.placeholders], [node.target for node in after.placeholders]
+    return None if old == new else f"the inputs were {old} and are {new}"
+
+
+def written(program: Program) -> Counter[str]:
+    """How often the graph writes into each slot or input, by name."""
+    found: Counter[str] = Counter()
+    for node in program.graph.nodes:
+        if node.op != "call_function" or not mutates(node):
+            continue
+        schema = node.target._schema.arguments
+        values = {arg.name: value for arg, value in zip(schema, node.args)} | dict(node.kwargs)
+        into = [arg.name for arg in schema if arg.alias_info is not None and arg.alias_info.is_write] or ["running_mean", "running_var"]
+        for name in into:
+            root = base(values.get(name))
+            if root is not None and root.op in ("get_attr", "placeholder"):
+                found[str(root.target)] += 1
+    return found
+
+
+def base(node: Any) -> fx.Node | None:
+    """The node whose memory `node` is a view of."""
+    while isinstance(node, fx.Node) and node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.args:
+        returns = node.target._schema.returns
+        if not returns or returns[0].alias_info is None:
+            break
+        node = node.args[0]
+    return node if isinstance(node, fx.Node) else None
+
+
+def _writes(before: Program, after: Program) -> str | None:
+    old, new = written(before), written(after)
+    for name in sorted(old.keys() | new.keys()):
+        if old[name] != new[name]:
+            return f"{name!r} was written {old[name]} times and is written {new[name]} times"
+    return None
+
+
+def differentiable(program: Program) -> set[str]:
+    """Trainable slots with a path of differentiable values to an output."""
+    reached: set[fx.Node] = {out for out in program.outputs if isinstance(out, fx.Node)}
+    for node in reversed(program.nodes):
+        if node not in reached or node.target is aten.detach.default or not _carries(node):
+            reached.discard(node)
+            continue
+        reached.update(node.all_input_nodes)
+    return {str(node.target) for node in reached if node.op == "get_attr" and node.target in program.slots and program.trainable(str(node.target))}
+
+
+def _carries(node: fx.Node) -> bool:
+    """Whether a gradient can flow through the node's value. Unknown values count as yes."""
+    found = meta.tensors(node)
+    return not found or any(t.is_floating_point() or t.is_complex() for t in found)
+
+
+def _trainable(before: Program, after: Program) -> str | None:
+    old, new = differentiable(before), differentiable(after)
+    if old - new:
+        return f"{sorted(old - new)[0]!r} no longer takes a gradient"
+    if new - old:
+        return f"{sorted(new - old)[0]!r} now takes a gradient"
+    return None
+
+
+def _random(before: Program, after: Program) -> str | None:
+    old, new = ([node.name for node in program.nodes if node.op == "call_function" and random(node)] for program in (before, after))
+    if len(old) != len(new):
+        return f"{len(old)} random operations became {len(new)}"
+    for i, name in enumerate(old):
+        if name in new and new.index(name) != i:
+            return f"the random operation {name} moved: the stream of random numbers is another"
+    return None
