@@ -91,6 +91,95 @@ def inline_grad_modes(graph: fx.Graph, constants: dict[str, Any]) -> None:
                 graph.erase_node(body)
 
 
+def build_region(body: list[fx.Node], inputs: list[fx.Node], state: list[str], outputs: list[fx.Node],
+                 program: Program) -> tuple[fx.Graph, dict[str, Any]]:
+    """A graph of its own from some nodes of a program: placeholders for `inputs`, then for `state`; a tuple of `outputs`.
+
+    Subgraphs that higher-order ops call stay attributes; they are returned by name.
+    """
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    by_name: dict[str, fx.Node] = {}
+    modules: dict[str, Any] = {}
+    for node in inputs:
+        env[node] = graph.placeholder(f"value_{len(env)}")
+        env[node].meta = dict(node.meta)
+    reads = {node.target: node for node in body if node.op == "get_attr"}
+    for name in list(state):
+        if isinstance(program.constants.get(name), torch.nn.Module):
+            state.remove(name)
+            continue
+        by_name[name] = graph.placeholder(f"state_{len(by_name)}")
+        by_name[name].meta = dict(reads[name].meta)
+    for node in body:
+        if node.op == "get_attr":
+            if node.target in by_name:
+                env[node] = by_name[node.target]
+                continue
+            flat = node.target.replace(".", "_")
+            modules[flat] = program.constants[node.target]
+            env[node] = graph.create_node("get_attr", flat, (), {})
+            continue
+        env[node] = graph.node_copy(node, lambda arg: env[arg])
+        env[node].meta = dict(node.meta)
+    graph.output(tuple(env[node] for node in outputs))
+    graph.lint()
+    return graph, modules
+
+
+def extract(graph: fx.Graph, inputs: list[fx.Node], outputs: list[Any]) -> fx.Graph:
+    """The part of a graph that computes `outputs` from `inputs`, in the graph's order.
+
+    Raises:
+        CheckError: if an output needs a placeholder that is not among the inputs.
+    """
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        env[node] = new.placeholder(node.name)
+        env[node].meta = dict(node.meta)
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    needed: set[fx.Node] = set()
+    stack = [n for n in outputs if isinstance(n, fx.Node)]
+    while stack:
+        node = stack.pop()
+        if node in env or node in needed:
+            continue
+        if node.op == "placeholder":
+            raise CheckError(f"{node.name} is needed but is not an input of the extracted graph")
+        needed.add(node)
+        stack.extend(node.all_input_nodes)
+    for node in sorted(needed, key=position.__getitem__):
+        env[node] = new.node_copy(node, lambda arg: env[arg])
+        env[node].meta = dict(node.meta)
+    new.output(tuple(env[n] if isinstance(n, fx.Node) else n for n in outputs))
+    new.lint()
+    return new
+
+
+def delay(graph: fx.Graph, names: set[str]) -> None:
+    """Move the named nodes right before their first reader (recomputed values: alive only from their first use on)."""
+    for node in reversed(list(graph.nodes)):
+        if node.name in names and node.users:
+            position = {n: i for i, n in enumerate(graph.nodes)}
+            first = min(node.users, key=position.__getitem__)
+            first.prepend(node)
+
+
+def detach_outputs(graph: fx.Graph, keep: set[int]) -> None:
+    """Detach every output of a region's graph except those at the positions `keep`."""
+    output = next(reversed(graph.nodes))
+    new = []
+    for index, node in enumerate(output.args[0]):
+        if index not in keep and isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor):
+            with graph.inserting_before(output):
+                detached = graph.call_function(torch.ops.aten.detach.default, (node,))
+            detached.meta = dict(node.meta)
+            node = detached
+        new.append(node)
+    output.args = (tuple(new),)
+
+
 def rule_here(name: str, depth: int = 1) -> str:
     """`name (file.py:line)` of the caller: the key under which a rewrite is reported."""
     frame = inspect.currentframe()

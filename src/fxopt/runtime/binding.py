@@ -1,0 +1,178 @@
+"""Bind a Schedule to a live module: state is looked up by name at every call, blocks run through their own modules."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn as nn
+
+from fxopt.errors import LowerError
+from fxopt.ir import meta
+from fxopt.ir.partition import Policy
+from fxopt.ir.program import Program
+from fxopt.ir.regions import Region, Schedule, is_ref
+from fxopt.runtime.region import RegionRunner
+
+_pending = threading.local()
+
+
+class BlockForward:
+    """`forward` of a block: the region that the running program announces, or the module's own code."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self.__signature__ = inspect.signature(type(block).forward.__get__(block))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = getattr(_pending, "run", None)
+        if run is not None and run[0] is self.block:
+            _pending.run = None
+            return run[1](args)
+        return type(self.block).forward(self.block, *args, **kwargs)
+
+
+def is_bound(module: nn.Module) -> bool:
+    """Whether a module's forward may be a region."""
+    return isinstance(module.__dict__.get("forward"), BlockForward)
+
+
+def unbind(model: nn.Module) -> None:
+    """Give every block its own forward back."""
+    for module in model.modules():
+        if is_bound(module):
+            del module.__dict__["forward"]
+
+
+def locate(model: nn.Module, name: str) -> tuple[nn.Module, Mapping[str, Any], str]:
+    """(owner, the owner's dict, leaf) of a parameter or buffer, by walking `_modules`: adapted weights have getters
+    under the same names, which must not run here."""
+    *path, leaf = name.split(".")
+    owner = model
+    for part in path:
+        owner = owner._modules[part]  # type: ignore[assignment]
+        if owner is None:
+            raise KeyError(name)
+    for store in (owner._parameters, owner._buffers):
+        if leaf in store:
+            return owner, store, leaf
+    raise KeyError(name)
+
+
+def live_state(model: nn.Module, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The present tensors of some slots."""
+    found = {}
+    for name in names:
+        _, store, leaf = locate(model, name)
+        found[name] = store[leaf]
+    return found
+
+
+class Binding:
+    """A Program's schedule on a live model.
+
+    Args:
+        model: the original module; parameters are read from it at call time, so that `load_state_dict(assign=True)`,
+            `.to()` and sharding wrappers are seen.
+        runners: shared by region key over all programs of one model.
+    """
+
+    def __init__(self, model: nn.Module, program: Program, schedule: Schedule, policy: Policy, runners: dict[Any, RegionRunner]) -> None:
+        self.model, self.program, self.schedule = model, program, schedule
+        self.inputs = [node.name for node in program.placeholders]
+        self.steps: list[tuple[Region, RegionRunner, nn.Module | None, list[Any]]] = []
+        loss = any(self._scalar_float(o) for o in program.outputs)
+        later = self._readers(schedule)
+        for region in schedule.regions:
+            quiet = []
+            if loss and region is schedule.regions[-1]:
+                quiet = [i for i, name in enumerate(region.outputs) if name not in later and not self._scalar(program, name)]
+            key = region.key, id(policy), tuple(quiet)
+            runner = runners.get(key)
+            if runner is None:
+                runner = runners[key] = RegionRunner(region, program.fake_mode, policy, quiet)
+            block = model.get_submodule(region.path) if region.path is not None else None
+            if block is not None and not is_bound(block):
+                if "forward" in block.__dict__:
+                    raise LowerError("the module's forward was replaced on the instance", where=region.path, do="replace it before optimizing, on the class")
+                block.__dict__["forward"] = BlockForward(block)
+            self.steps.append((region, runner, block, [self._cell(name) for name in region.state]))
+        self.dead_after = self._last_uses()
+        self.chain = self._chain()
+
+    def _cell(self, name: str) -> Any:
+        if name in self.program.constants:
+            return {name: self.program.constants[name]}, name
+        try:
+            _, store, leaf = locate(self.model, name)
+        except KeyError:
+            raise LowerError(f"the program reads {name!r}, which the model does not have") from None
+        return store, leaf
+
+    @staticmethod
+    def _scalar_float(value: Any) -> bool:
+        found = meta.tensor(value)
+        return found is not None and found.dim() == 0 and found.is_floating_point()
+
+    @staticmethod
+    def _scalar(program: Program, name: str) -> bool:
+        node = next(n for n in program.graph.nodes if n.name == name)
+        found = meta.tensor(node)
+        return found is None or found.dim() == 0
+
+    @staticmethod
+    def _readers(schedule: Schedule) -> set[str]:
+        return {name for region in schedule.regions for name in region.inputs}
+
+    def _last_uses(self) -> list[list[str]]:
+        """For each step, the values that nobody reads after it."""
+        keep = {str(o) for o in self.schedule.outputs if is_ref(o)} | {a.name for v in self.schedule.views for a in v.all_input_nodes}
+        last: dict[str, int] = {}
+        for i, (region, *_rest) in enumerate(self.steps):
+            for name in (*region.inputs, *region.outputs):
+                last[name] = i
+        found: list[list[str]] = [[] for _ in self.steps]
+        for name, i in last.items():
+            if name not in keep:
+                found[i].append(name)
+        return found
+
+    def _chain(self) -> list[tuple[Mapping[str, Any], str, Any]]:
+        """Every (parent's `_modules`, name, child), to notice that a submodule was replaced after the capture."""
+        return [(module._modules, name, child) for module in self.model.modules() for name, child in module._modules.items()]
+
+    def stale(self) -> bool:
+        """Whether a submodule was replaced since the program was bound."""
+        return any(store.get(name) is not child for store, name, child in self.chain)
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
+        """Flat outputs for the flat tensor inputs."""
+        env: dict[str, Any] = dict(zip(self.inputs, tensors))
+        for (region, runner, block, cells), dead in zip(self.steps, self.dead_after):
+            values = [env[name] for name in region.inputs]
+
+            def run(given: Sequence[Any], runner: RegionRunner = runner, cells: list[Any] = cells) -> tuple[Any, ...]:
+                return runner([*given, *(store[leaf] for store, leaf in cells)])
+
+            for name in dead:
+                env.pop(name, None)
+            if block is None:
+                outs = run(values)
+            else:
+                _pending.run = (block, run)
+                try:
+                    outs = block(*values)
+                finally:
+                    _pending.run = None
+            del values
+            for name, value in zip(region.outputs, outs):
+                if name not in dead:
+                    env[name] = value
+        for node in self.schedule.views:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n.name])
+            env[node.name] = node.target(*args, **kwargs)
+        return [env[str(o)] if is_ref(o) else o for o in self.schedule.outputs]

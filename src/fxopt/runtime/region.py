@@ -1,0 +1,163 @@
+"""Run a Region: one `autograd.Function` over the forward and backward graphs of its joint graph."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from fxopt.errors import LowerError
+from fxopt.ir import joint as joints
+from fxopt.ir.edit import effectful
+from fxopt.ir.joint import Joint
+from fxopt.ir.partition import Policy, Split, split
+from fxopt.ir.regions import Region
+
+log = logging.getLogger("fxopt")
+
+
+class Compiled:
+    """A region's graphs for one pattern of arguments that require a gradient."""
+
+    def __init__(self, split_: Split, joint: Joint) -> None:
+        self.split = split_
+        self.differentiable = joint.differentiable
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
+        return self
+
+
+class RegionRunner:
+    """Compiles a region when it is first run, and runs it. Equal regions (same key) share one runner.
+
+    Args:
+        region: the region; any of the equal ones.
+        quiet: indices of outputs that are returned to the user beside a scalar loss. They are compiled as if nobody
+            differentiates them; if somebody does, the region's backward is recomputed with them once, the event is
+            logged, and from then on they are part of the plan.
+    """
+
+    def __init__(self, region: Region, fake_mode: Any, policy: Policy, quiet: Sequence[int] = ()) -> None:
+        self.region, self.fake_mode, self.policy = region, fake_mode, policy
+        random = any(effectful(n) for n in region.graph.nodes if n.op == "call_function")
+        self.quiet: frozenset[int] = frozenset() if random else frozenset(quiet)
+        self.compiled: dict[Any, Compiled] = {}
+        self.inference = fx.GraphModule(dict(region.modules), region.graph)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RegionRunner:
+        return self
+
+    def compile(self, requires_grad: tuple[bool, ...]) -> Compiled:
+        """The graphs for arguments of which these require a gradient."""
+        key = requires_grad, self.quiet
+        found = self.compiled.get(key)
+        if found is None:
+            only = [i for i in range(len(self.region.outputs)) if i not in self.quiet] if self.quiet else None
+            traced = joints.trace(self.region, requires_grad, self.fake_mode, only=only)
+            found = self.compiled[key] = Compiled(split(traced, self.policy), traced)
+        return found
+
+    def __call__(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """The region's outputs. `args` are its inputs and state, in order."""
+        requires_grad = tuple(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+        plain = contextlib.nullcontext()
+        device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
+        if torch.is_autocast_enabled(device):  # the graph holds its casts already
+            plain = torch.autocast(device, enabled=False)
+        with plain:
+            if not torch.is_grad_enabled() or not any(requires_grad):
+                return self._infer(args)
+            out = _RegionFunction.apply(self, self.compile(requires_grad), *args)
+        return out if isinstance(out, tuple) else (out,)
+
+    def _infer(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        with torch.no_grad():
+            return tuple(self.inference(*args))
+
+    def gradients_eagerly(self, args: Sequence[Any], tangents: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Gradients of all outputs by running the region again under ordinary autograd. The slow way, always right."""
+        leaves = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args]
+        with torch.enable_grad():
+            outs = self.inference(*leaves)
+        pairs = [(o, t) for o, t in zip(outs, tangents) if t is not None]
+        wanted = [i for i, a in enumerate(leaves) if isinstance(a, torch.Tensor) and a.requires_grad]
+        grads = torch.autograd.grad([o for o, _ in pairs], [leaves[i] for i in wanted], [t for _, t in pairs], allow_unused=True)
+        found: list[torch.Tensor | None] = [None] * len(args)
+        for i, grad in zip(wanted, grads):
+            found[i] = grad
+        return found
+
+
+class _RegionFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, runner: RegionRunner, compiled: Compiled, *args: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        plan = compiled.split
+        results = plan.forward(*args)
+        outs = tuple(results[: plan.n_outputs])
+        at = plan.n_outputs + len(plan.mutated)
+        saved = list(results[at:])
+        for index, new in zip(plan.mutated, results[plan.n_outputs: at]):
+            for k, value in enumerate(saved):
+                if value is args[index]:
+                    saved[k] = value.clone()  # the backward wants the value from before the write
+            args[index].copy_(new)
+        ctx.runner, ctx.compiled = runner, compiled
+        ctx.plain = [None if isinstance(v, torch.Tensor) else (v,) for v in saved]
+        keep = [v for v in saved if isinstance(v, torch.Tensor)]
+        ctx.n_saved = len(keep)
+        if runner.quiet:
+            ctx.arguments = [None if isinstance(a, torch.Tensor) else (a,) for a in args]
+            keep += [a for a in args if isinstance(a, torch.Tensor)]
+        ctx.save_for_backward(*keep)
+        ctx.n_args = len(args)
+        ctx.layouts = [(o.shape, o.stride(), o.dtype, o.device) if isinstance(o, torch.Tensor) else None for o in outs]
+        ctx.set_materialize_grads(False)
+        fixed = [o for i, o in enumerate(outs) if isinstance(o, torch.Tensor)
+                 and not (compiled.differentiable[i] or (i in runner.quiet and o.is_floating_point()))]
+        ctx.mark_non_differentiable(*fixed)
+        return outs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        plan = ctx.compiled.split
+        tensors = ctx.saved_tensors
+        unplanned = [i for i, t in enumerate(tangents) if t is not None and i not in plan.tangents and i in ctx.runner.quiet]
+        if unplanned:
+            log.warning("fxopt: the gradient of output %s of %s is used; the region is planned again with it", unplanned,
+                        ctx.runner.region.path or "the last region")
+            given = iter(tensors[ctx.n_saved:])
+            args = [next(given) if a is None else a[0] for a in ctx.arguments]
+            ctx.runner.quiet = frozenset(i for i in ctx.runner.quiet if i not in unplanned)
+            return (None, None, *ctx.runner.gradients_eagerly(args, tangents))
+        if plan.backward is None or all(tangents[i] is None for i in plan.tangents):
+            return (None,) * (2 + ctx.n_args)
+        values = iter(tensors[: ctx.n_saved])
+        saved = [next(values) if p is None else p[0] for p in ctx.plain]
+        del tensors, values
+        wanted = [_as_traced(tangents[i], ctx.layouts[i]) for i in plan.tangents]
+        grads = plan.backward(*saved, *wanted)
+        found: list[Any] = [None] * ctx.n_args
+        for index, grad in zip(plan.wanted, grads):
+            found[index] = grad
+        return (None, None, *found)
+
+
+def _as_traced(tangent: torch.Tensor | None, layout: Any) -> torch.Tensor:
+    """The tangent with the strides that the backward was traced with (those of the output); zeros for a missing one."""
+    if layout is None:
+        raise LowerError("an output that is not a tensor received a gradient")
+    shape, stride, dtype, device = layout
+    if tangent is None:
+        return torch.zeros(shape, dtype=dtype, device=device).as_strided(shape, stride) if len(shape) == 0 else _like(shape, stride, dtype, device).zero_()
+    if tangent.stride() == stride:
+        return tangent
+    return _like(shape, stride, tangent.dtype, device).copy_(tangent)
+
+
+def _like(shape: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
