@@ -41,9 +41,29 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return found
 
 
-def ancestor(outer: str, inner: str) -> bool:
-    """Whether module path `outer` is `inner` or contains it."""
-    return outer == "" or outer == inner or inner.startswith(outer + ".")
+_FROM_END = ("dim", "dims", "dim0", "dim1", "start_dim", "end_dim")
+
+
+def full_arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call by name, defaults filled in, dimensions counted from the end (`-1` is the last)."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return arguments(node)
+    found: dict[str, Any] = {}
+    for i, argument in enumerate(target._schema.arguments):
+        value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+        found[argument.name] = _from_end(node, value) if argument.name in _FROM_END else value
+    return found
+
+
+def _from_end(node: fx.Node, dim: Any) -> Any:
+    if isinstance(dim, (list, tuple)):
+        return sorted(_from_end(node, item) for item in dim)
+    if not isinstance(dim, int) or dim < 0:
+        return dim
+    widened = node.target in (aten.unsqueeze.default, aten.stack.default)
+    whole = meta.tensor(node) if widened else next((val for source in node.all_input_nodes for val in meta.tensors(source)), None)
+    return dim - whole.dim() if whole is not None else dim
 
 
 class Flow:

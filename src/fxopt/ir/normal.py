@@ -64,11 +64,31 @@ def spell(edit: Edit) -> None:
             # square is pow(x, 2) in ATen, forward and backward
             edit.set_target(node, aten.pow.Tensor_Scalar)
             edit.set_args(node, (node.args[0], 2), {})
+        elif node.target is aten.slice.Tensor:
+            _spell_slice(edit, node)
         elif node.target is aten.rsub.Tensor and _plain(node):
             edit.set_target(node, aten.sub.Tensor)
             edit.set_args(node, (node.args[1], node.args[0]), {})
         elif _SPELLINGS.get(node.target) is not None and (_plain(node) or node.target._schema.overload_name != "Scalar"):
             edit.set_target(node, _SPELLINGS[node.target])
+
+
+def _spell_slice(edit: Edit, node: fx.Node) -> None:
+    """`slice(x, dim, start, end[, step])` with bounds that count from the front and no end beyond the size."""
+    given = arguments(node)
+    x, dim = given["self"], given.get("dim", 0)
+    size = meta.tensor(x).shape[dim]
+    start, end, step = given.get("start", 0), given.get("end", sys.maxsize), given.get("step", 1)
+    if isinstance(size, int):
+        if isinstance(start, int) and start < 0:
+            start = max(0, start + size)
+        if isinstance(end, int) and end < 0:
+            end = max(0, end + size)
+        if isinstance(end, int) and end >= size:
+            end = sys.maxsize
+    args = (x, dim, start, end) if step == 1 else (x, dim, start, end, step)
+    if args != tuple(node.args) or node.kwargs:
+        edit.set_args(node, args, {})
 
 
 def _plain(node: fx.Node) -> bool:

@@ -1,0 +1,373 @@
+"""Patterns traced from plain functions, and the matcher that finds them in a graph.
+
+A pattern is an ordinary function of tensors and scalars. Finding it at a node takes two steps:
+
+1. The *sketch*, traced once in one dtype, is compared with the graph while looking through casts. Scalars of the pattern
+   are variables here. What it finds are candidates: a program node for each input, a number for each scalar.
+2. The *proof*: the function is traced again on exactly the types and scalars of a candidate, brought into canonical form
+   like the program, and must then be the same expression, cast by cast, argument by argument, shape by shape.
+
+So no literal is ever accepted because it looks like another, and one function serves every dtype and rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from fxopt.errors import PassError
+from fxopt.ir import meta
+from fxopt.ir.edit import Edit, copy_graph, effectful
+from fxopt.ir.index import called, full_arguments
+from fxopt.ir.normal import normalize
+from fxopt.ir.program import Program, Signature
+
+aten = torch.ops.aten
+
+CAST = aten.to.dtype
+COMMUTATIVE = frozenset({aten.mul.Tensor, aten.add.Tensor, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.eq.Tensor, aten.ne.Tensor,
+                         aten.maximum.default, aten.minimum.default})
+_SIZES = ("size", "shape", "sizes")  # arguments that a sketch does not compare
+# Distinct stand-ins for dynamic sizes: primes, larger than the static sizes they could be mistaken for.
+_PRIMES = (7919, 7927, 7933, 7937, 7949, 7951, 7963, 7993, 8009, 8011, 8017, 8039)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A traced function: its input nodes by name, its result, and how many operators it takes."""
+
+    inputs: Mapping[str, fx.Node]
+    output: fx.Node
+    size: int
+
+
+_TRAIL = None  # key of the operators matched so far, beside the names of inputs and scalars
+
+
+class _Function(torch.nn.Module):
+    def __init__(self, fn: Callable[..., torch.Tensor], scalars: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.fn, self.scalars = fn, dict(scalars)
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        return self.fn(*tensors, **self.scalars)
+
+
+def trace(fn: Callable[..., torch.Tensor], inputs: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> Template:
+    """The canonical graph of `fn(*inputs, **scalars)`.
+
+    Args:
+        fn: takes the tensors in order and the scalars by keyword; returns one tensor; draws no random numbers.
+        inputs: distinct tensors by name; only shapes and dtypes matter.
+    """
+    exported = torch.export.export(_Function(fn, scalars), tuple(inputs.values()), strict=False)
+    graph, _ = copy_graph(exported.graph)
+    first = next(iter(graph.nodes))
+    program = Program(graph, {}, Signature(exported.call_spec.in_spec, (), exported.call_spec.out_spec), meta.value(first).fake_mode)
+    edit = Edit(program, by="pattern")
+    while normalize(edit):
+        pass
+    nodes = edit.nodes
+    holders = [node for node in nodes if node.op == "placeholder"]
+    result = nodes[-1].args[0][0]
+    bad = [node for node in nodes[:-1] if node.op != "placeholder" and effectful(node)]
+    if bad or len(holders) != len(inputs) or not isinstance(result, fx.Node):
+        raise PassError(f"{fn.__name__} is no pattern: it must compute one tensor from its inputs", where=str(bad[0].target) if bad else None,
+                        do="write it without in-place and random operators")
+    return Template(dict(zip(inputs, holders)), result, sum(node.op == "call_function" for node in nodes))
+
+
+@dataclass(frozen=True)
+class Match:
+    """A place in a graph that computes a pattern.
+
+    Attributes:
+        anchor: the node whose value is the pattern's result.
+        inputs: for each pattern input, the node that plays it.
+        scalars: for each pattern scalar, its number.
+        nodes: the matched operators, `anchor` among them.
+    """
+
+    anchor: fx.Node
+    inputs: Mapping[str, fx.Node]
+    scalars: Mapping[str, Any]
+    nodes: frozenset[fx.Node]
+
+
+@dataclass(frozen=True)
+class Near:
+    """A place that is nearly a pattern: the node where it fails, why, how many operators fit, and which."""
+
+    node: fx.Node
+    reason: str
+    score: int
+    nodes: frozenset[fx.Node]
+
+
+Accept = Callable[[Mapping[str, fx.Node], Mapping[str, Any]], str | None]
+
+
+@dataclass
+class Matcher:
+    """Finds one function in graphs.
+
+    Args:
+        fn: the function, see `trace`.
+        shapes: example shape of each input; shapes that differ in the pattern are different.
+        scalars: example value of each scalar; each occurs nowhere else as a literal.
+    """
+
+    fn: Callable[..., torch.Tensor]
+    shapes: Mapping[str, tuple[int, ...]]
+    scalars: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sketch = trace(self.fn, {name: torch.zeros(shape) for name, shape in self.shapes.items()}, self.scalars)
+        self.proofs: dict[Any, Template] = {}
+        self.names = {node: name for name, node in self.sketch.inputs.items()}
+
+    @property
+    def target(self) -> Any:
+        """What a node must call to be worth a look."""
+        return self.sketch.output.target
+
+    def at(self, node: fx.Node, accept: Accept = lambda inputs, scalars: None) -> Match | Near | None:
+        """The match whose last operator, but for a cast, is `node`; the nearest miss; or None if nothing is alike.
+
+        Args:
+            accept: says why a candidate must be refused, or None.
+        """
+        self.near: Near | None = None
+        for env in self._walk(self.sketch.output, node, {_TRAIL: ()}):
+            for inputs in _bindings(env, self.sketch.inputs):
+                scalars = {name: env[name] for name in self.scalars if name in env}
+                found = self._prove(node, inputs, scalars, accept, frozenset(env[_TRAIL]))
+                if found is not None:
+                    return found
+        return self.near
+
+    # -- the sketch ------------------------------------------------------------------------------------------------
+
+    def _walk(self, pattern: Any, value: Any, env: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
+        """Every way to read `value` as `pattern`, given what is bound so far."""
+        if isinstance(pattern, (list, tuple)):
+            if isinstance(value, (list, tuple)) and len(pattern) == len(value):
+                yield from self._all(list(zip(pattern, value)), env)
+        elif not isinstance(pattern, fx.Node):
+            yield from self._literal(pattern, value, env)
+        elif pattern in self.names:
+            if isinstance(value, fx.Node) and meta.tensor(value) is not None:
+                name, base = self.names[pattern], strip(value)
+                reads = env.get(name, ())
+                if not reads or strip(reads[0]) is base:
+                    yield {**env, name: (*reads, value)}
+                else:
+                    self._fail(env, value, f"the pattern reads {name} twice where this reads `{strip(reads[0]).name}` and `{base.name}`")
+        elif isinstance(value, fx.Node):
+            node = value if pattern.target is CAST else strip(value)
+            if not called(node, pattern.target):
+                if node.op == "call_function":
+                    self._fail(env, node, f"`{node.name}` calls {node.target}, not {pattern.target}")
+                return
+            env = {**env, _TRAIL: (*env[_TRAIL], node)}
+            wanted, given = _comparable(pattern), _comparable(node)
+            if wanted.keys() != given.keys():
+                self._fail(env, node, f"`{node.name}` differs in the argument {sorted(wanted.keys() ^ given.keys())[0]}")
+                return
+            for order in _orders(pattern, wanted, given):
+                yield from self._all(order, env)
+
+    def _all(self, pairs: list[tuple[Any, Any]], env: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
+        if not pairs:
+            yield env
+            return
+        (pattern, value), *rest = pairs
+        for found in self._walk(pattern, value, env):
+            yield from self._all(rest, found)
+
+    def _literal(self, pattern: Any, value: Any, env: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
+        node = env[_TRAIL][-1]
+        name = next((name for name, example in self.scalars.items() if type(example) is type(pattern) and example == pattern), None)
+        if name is None:
+            if _equal(pattern, value):
+                yield env
+            else:
+                self._fail(env, node, f"`{node.name}` ({node.target}) has {_shown(value)} where the pattern has {_shown(pattern)}")
+        elif not _number(value):
+            self._fail(env, node, f"{name} is {_shown(value)}, not a number known at compile time")
+        elif name not in env or env[name] == value:
+            yield {**env, name: value}
+        else:
+            self._fail(env, node, f"{name} is {env[name]} in one place and {value} in another")
+
+    def _fail(self, env: Mapping[Any, Any], node: fx.Node, reason: str) -> None:
+        trail = frozenset(env[_TRAIL])
+        if self.near is None or len(trail) > self.near.score:
+            self.near = Near(node, reason, len(trail), trail)
+
+    # -- the proof -------------------------------------------------------------------------------------------------
+
+    def _prove(self, node: fx.Node, inputs: dict[str, fx.Node], scalars: dict[str, Any], accept: Accept,
+               trail: frozenset[fx.Node]) -> Match | None:
+        everything = self.sketch.size  # a candidate that the sketch accepts is nearer than any that it refuses
+        reason = accept(inputs, scalars)
+        if reason is not None:
+            self._refuse(node, reason, everything, trail)
+            return None
+        sizes = _Sizes()
+        examples = {name: sizes.example(meta.tensor(source)) for name, source in inputs.items()}
+        key = (tuple((tuple(t.shape), t.dtype) for t in examples.values()), tuple(sorted(scalars.items())))
+        proof = self.proofs.get(key)
+        if proof is None:
+            proof = self.proofs[key] = trace(self.fn, examples, scalars)
+        heads = [user for user in node.users if called(user, CAST)] if called(proof.output, CAST) and not called(node, CAST) else [node]
+        bound = {proof.inputs[name]: source for name, source in inputs.items()}
+        for head in heads or [node]:
+            same = _Same(bound, sizes)
+            if not same(proof.output, head):
+                self._refuse(same.node or node, same.reason, everything, trail)
+                continue
+            outside = next(((inner, user) for inner in same.nodes if inner is not head for user in inner.users if user not in same.nodes), None)
+            if outside is not None:
+                self._refuse(outside[0], f"the inner value `{outside[0].name}` is also read by `{outside[1].name}`", everything + 1, trail)
+                continue
+            return Match(head, inputs, scalars, frozenset(same.nodes))
+        return None
+
+    def _refuse(self, node: fx.Node, reason: str, score: int, trail: frozenset[fx.Node]) -> None:
+        if self.near is None or score > self.near.score:
+            self.near = Near(node, reason, score, trail)
+
+
+def strip(node: fx.Node) -> fx.Node:
+    """The value before all casts."""
+    while called(node, CAST):
+        node = node.args[0]
+    return node
+
+
+def _bindings(env: Mapping[Any, Any], inputs: Mapping[str, Any]) -> Iterator[dict[str, fx.Node]]:
+    """For each input the value before its casts or, if all its readers read one node, that node."""
+    options = []
+    for name in inputs:
+        reads = env[name]
+        found = [strip(reads[0])]
+        if reads[0] is not found[0] and all(read is reads[0] for read in reads):
+            found.append(reads[0])
+        options.append(found)
+    for chosen in itertools.product(*options):
+        yield dict(zip(inputs, chosen))
+
+
+def _comparable(node: fx.Node) -> dict[str, Any]:
+    """Arguments for a sketch: by name, dimensions counted from the end, sizes left out."""
+    return {name: value for name, value in full_arguments(node).items() if name not in _SIZES}
+
+
+def _orders(node: fx.Node, wanted: dict[str, Any], given: dict[str, Any]) -> Iterator[list[tuple[Any, Any]]]:
+    """Pairs of arguments to compare, in each order that means the same; operators before inputs and numbers."""
+    pairs = [(wanted[name], given[name]) for name in wanted]
+    yield sorted(pairs, key=_literal_first)
+    if node.target in COMMUTATIVE and "self" in wanted and "other" in wanted:
+        swapped = {**given, "self": given["other"], "other": given["self"]}
+        yield sorted(((wanted[name], swapped[name]) for name in wanted), key=_literal_first)
+
+
+def _literal_first(pair: tuple[Any, Any]) -> int:
+    """Operators first: an input accepts anything, so it should be asked last."""
+    pattern = pair[0]
+    return 0 if isinstance(pattern, fx.Node) and pattern.op == "call_function" else 1
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if _number(a) and _number(b):
+        return a == b
+    return type(a) is type(b) and a == b
+
+
+def _shown(value: Any) -> str:
+    return f"`{value.name}`" if isinstance(value, fx.Node) else repr(value)
+
+
+class _Sizes:
+    """Stand-ins for dynamic sizes: equal expressions get equal numbers."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, int] = {}
+
+    def number(self, size: Any) -> int | None:
+        """The stand-in of a size; None if it is dynamic and does not occur in an input."""
+        return self.known.get(str(size)) if isinstance(size, torch.SymInt) else int(size)
+
+    def example(self, val: torch.Tensor) -> torch.Tensor:
+        """A tensor of the same rank, dtype and static sizes."""
+        for size in val.shape:
+            if isinstance(size, torch.SymInt) and str(size) not in self.known:
+                if len(self.known) == len(_PRIMES):
+                    raise PassError(f"a pattern input has more than {len(_PRIMES)} dynamic sizes")
+                self.known[str(size)] = _PRIMES[len(self.known)]
+        return torch.empty(1, dtype=val.dtype).expand([self.number(size) for size in val.shape])
+
+
+class _Same:
+    """Whether a program node computes exactly the expression of a template node."""
+
+    def __init__(self, bound: Mapping[fx.Node, fx.Node], sizes: _Sizes) -> None:
+        self.bound, self.sizes = bound, sizes
+        self.nodes: dict[fx.Node, None] = {}
+        self.done: dict[tuple[fx.Node, fx.Node], bool] = {}
+        self.node: fx.Node | None = None
+        self.reason = "the types or the casts differ"
+
+    def __call__(self, pattern: Any, value: Any) -> bool:
+        if isinstance(pattern, (list, tuple)):
+            return isinstance(value, (list, tuple)) and len(pattern) == len(value) and all(self(p, v) for p, v in zip(pattern, value))
+        if not isinstance(pattern, fx.Node):
+            if isinstance(value, fx.Node):
+                return _number(pattern) and isinstance(meta.value(value), torch.SymInt) and self.sizes.number(meta.value(value)) == pattern
+            return _equal(pattern, value)
+        if pattern in self.bound:
+            return self.bound[pattern] is value
+        if not isinstance(value, fx.Node):
+            return False
+        known = self.done.get((pattern, value))
+        if known is None:
+            before = dict(self.nodes)
+            self.nodes[value] = None
+            known = self.done[pattern, value] = self._node(pattern, value)
+            if not known:
+                self.nodes = before
+        return known
+
+    def _node(self, pattern: fx.Node, node: fx.Node) -> bool:
+        if not called(node, pattern.target):
+            return self._no(node, f"`{node.name}` is {_said(node)} where the pattern, in these types, has {_said(pattern)}")
+        wanted, given = full_arguments(pattern), full_arguments(node)
+        same = wanted.keys() == given.keys() and any(all(self(p, v) for p, v in order) for order in _orders(pattern, wanted, given))
+        if not same:
+            return self._no(node, f"`{node.name}` has other arguments than the pattern in these types")
+        a, b = meta.tensor(pattern), meta.tensor(node)
+        if a is not None and (b is None or a.dtype != b.dtype or [int(size) for size in a.shape] != [self.sizes.number(size) for size in b.shape]):
+            return self._no(node, f"`{node.name}` is {meta.describe(meta.value(node))}, another type than the pattern's")
+        return True
+
+    def _no(self, node: fx.Node, reason: str) -> bool:
+        if self.node is None:
+            self.node, self.reason = node, reason
+        return False
+
+
+def _said(node: fx.Node) -> str:
+    if called(node, CAST):
+        return f"a cast to {str(node.args[1]).removeprefix('torch.')}"
+    return f"{node.target}" if node.op == "call_function" else f"an input ({node.name})"
+

@@ -1,0 +1,231 @@
+"""fuse: subgraphs that a fused op computes become one node."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.fx as fx
+
+from fxopt.ir import meta
+from fxopt.ir.edit import Edit
+from fxopt.ir.index import Flow, called, sharing
+from fxopt.ir.pattern import Match, Matcher, Near
+from fxopt.kernels.catalog import CATALOG
+from fxopt.kernels.op import FusedOp, Pattern
+from fxopt.kernels.tolerance import eager_error, excess
+from fxopt.passes.base import Pass, Promise
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Fuse(Pass):
+    """norms, gated units and rotary embeddings as fused ops
+
+    Finds each pattern of each op in the kernel catalog; the ops keep less for backward than what they replace. A fused
+    op's result is as close to the exact value as the operators' that it replaces, not bitwise equal to it.
+
+    Args:
+        ops: names of the ops to look for; empty for all.
+    """
+
+    ops: tuple[str, ...] = ()
+
+    name: ClassVar[str] = "fuse"
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    promise: ClassVar[Promise] = Promise(values="tolerance")
+
+    def run(self, edit: Edit) -> None:
+        """Larger patterns first: a smaller one may be a part of a larger one."""
+        nears: list[tuple[Near, Rule]] = []
+        for rule in rules():
+            if not self.ops or rule.op.name in self.ops:
+                nears += rule.apply(edit)
+        join_rotations(edit)
+        _report(edit, nears)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One pattern of one op, ready to match."""
+
+    op: FusedOp
+    pattern: Pattern
+    matcher: Matcher
+    unproven: dict[tuple[torch.dtype, ...], str | None] = field(default_factory=dict, compare=False)
+
+    @property
+    def name(self) -> str:
+        """`op.pattern (file.py:line)`."""
+        code = self.pattern.fn.__code__
+        return f"{self.op.name}.{self.pattern.name} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
+
+    def apply(self, edit: Edit) -> list[tuple[Near, Rule]]:
+        """Rewrite every match; returns the near-misses."""
+        nears = []
+        alive = set(edit.nodes)
+        flow = Flow(edit.graph, edit.slots)
+        for node in edit.nodes:
+            if node not in alive or not called(node, self.matcher.target):
+                continue
+            found = self.matcher.at(node, lambda inputs, scalars: self._refusal(flow, inputs, scalars))
+            if isinstance(found, Near):
+                nears.append((found, self))
+            elif found is not None:
+                reason = self._unsafe(flow, found) or self._rewrite(edit, found)
+                if reason is not None:
+                    nears.append((Near(found.anchor, reason, self.matcher.sketch.size + 1, found.nodes), self))
+                alive = set(edit.nodes)
+        return nears
+
+    def _refusal(self, flow: Flow, inputs: Mapping[str, fx.Node], scalars: Mapping[str, Any]) -> str | None:
+        bound: dict[str, Any] = {**standins(inputs, flow), **scalars}
+        reason = self.pattern.check(bound) if self.pattern.check is not None else None
+        if reason is not None:
+            return reason
+        dtypes = tuple(bound[name].dtype for name in self.pattern.inputs)
+        if dtypes not in self.unproven:
+            self.unproven[dtypes] = _unproven(self.op, self.pattern, dtypes)
+        return self.unproven[dtypes]
+
+    def _unsafe(self, flow: Flow, match: Match) -> str | None:
+        """Why the matched operators may not be computed in one place."""
+        for node in match.nodes:
+            for source in (node, *node.all_input_nodes):
+                if flow.roots.get(source, frozenset()) & flow.written:
+                    return f"`{source.name}` is written in place"
+        marks = {meta.provenance(node).checkpoint for node in match.nodes}
+        return None if len(marks) == 1 else "it is partly inside a checkpointed region"
+
+    def _rewrite(self, edit: Edit, match: Match) -> str | None:
+        """Put the op in; returns why not."""
+        by_name = self.pattern.bind({**match.inputs, **match.scalars})
+        call = edit.call(self.op.overload, tuple(by_name[argument.name] for argument in self.op.overload._schema.arguments), like=match.anchor)
+        made = [call]
+        if isinstance(meta.value(call), (tuple, list)):
+            made.append(edit.call(operator.getitem, (call, self.pattern.output), like=match.anchor))
+        new, old = meta.tensor(made[-1]), meta.tensor(match.anchor)
+        reason = None
+        if new.dtype != old.dtype or not meta.same_shape(new, old):
+            reason = f"the op returns {meta.describe(new)}, not {meta.describe(old)}"
+        elif not same_strides(new, old) and (view := _viewed(match.anchor)) is not None:
+            reason = f"the op returns other strides, and `{view.name}` depends on them"
+        if reason is not None:
+            for node in reversed(made):
+                edit.erase(node)
+            return reason
+        edit.replace(match.anchor, made[-1], rule=self.name)
+        for node in sorted(match.nodes, key=edit.nodes.index, reverse=True):
+            if not node.users:
+                edit.erase(node)
+        return None
+
+
+@functools.cache
+def rules() -> tuple[Rule, ...]:
+    """A rule for each pattern in the catalog that is not another dtype's trace of the same function, largest first."""
+    found: dict[Any, Rule] = {}
+    for op in CATALOG:
+        for pattern in op.patterns:
+            key = (op.name, pattern.fn, tuple(sorted(pattern.arguments.items(), key=lambda item: item[0])))
+            if key not in found:
+                found[key] = Rule(op, pattern, Matcher(pattern.fn, {name: shape for name, (shape, _) in pattern.inputs.items()}, pattern.scalars))
+    return tuple(sorted(found.values(), key=lambda rule: -rule.matcher.sketch.size))
+
+
+def standins(inputs: Mapping[str, fx.Node], flow: Flow) -> dict[str, torch.Tensor]:
+    """Tensors without storage that a pattern's check can look at: dynamic sizes are distinct numbers, so that comparing
+    them adds no guard; `requires_grad` says whether a gradient may flow."""
+    numbers: dict[str, int] = {}
+    found = {}
+    for name, node in inputs.items():
+        val = meta.tensor(node)
+        shape = [numbers.setdefault(str(size), 10_007 + 2 * len(numbers)) if isinstance(size, torch.SymInt) else size for size in val.shape]
+        found[name] = torch.empty(shape, dtype=val.dtype, device="meta", requires_grad=node in flow.grad)
+    return found
+
+
+def _unproven(op: FusedOp, pattern: Pattern, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the op may not stand for the pattern in these dtypes: on the pattern's own example it is less exact.
+
+    A pattern is declared for the dtypes of its example. In others, the op may round where the function does not.
+    """
+    if dtypes == tuple(dtype for _, dtype in pattern.inputs.values()):
+        return None
+    inputs = {name: value.to(dtype) for (name, value), dtype in zip(pattern.examples().items(), dtypes)}
+
+    def bind(change: Callable[[torch.Tensor], torch.Tensor]) -> list[Any]:
+        by_name = pattern.bind({**{name: change(value) for name, value in inputs.items()}, **pattern.scalars})
+        return [by_name[argument.name] for argument in op.overload._schema.arguments]
+
+    eager = pattern.fn(*inputs.values(), **pattern.scalars)
+    got = op(*bind(lambda value: value))[pattern.output]
+    said = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    if got.dtype != eager.dtype:
+        return f"for inputs of {said} the op returns {got.dtype}, not {eager.dtype}"
+    truth = op.reference(*bind(torch.Tensor.double))[pattern.output]
+    error = eager_error(eager, truth, torch.float32)
+    return None if excess(got, truth, error) <= 0 else f"for inputs of {said} the op rounds more than this does"
+
+
+def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two fake tensors of one shape have equal strides by structure; those of size-1 dimensions do not matter."""
+    return all(meta.same_size(x, y) or meta.same_size(size, 1) for x, y, size in zip(a.stride(), b.stride(), a.shape))
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """A `view` of the node's memory, which not all strides allow."""
+    for user in node.users:
+        if called(user, aten.view.default):
+            return user
+        if node in sharing(user) and not called(user, aten.reshape.default, aten.contiguous.default):
+            found = _viewed(user)
+            if found is not None:
+                return found
+    return None
+
+
+def join_rotations(edit: Edit) -> None:
+    """Two rotations by the same tables in one module become one op, which reads the tables once."""
+    rope = torch.ops.fxopt.rope.default
+    waiting: dict[Any, fx.Node] = {}
+    for node in edit.nodes:
+        if not called(node, rope) or node.args[1] is not None:
+            continue
+        key = (*node.args[2:], meta.provenance(node).path)
+        first = waiting.pop(key, None)
+        if first is None:
+            waiting[key] = node
+            continue
+        order = {each: i for i, each in enumerate(edit.graph.nodes)}
+        turned = [next(iter(each.users)) for each in (first, node)]
+        if all(order[user] > order[node] for user in turned[0].users):
+            place = node
+        elif order[node.args[0]] < order[first]:
+            place = first
+        else:
+            waiting[key] = node
+            continue
+        both = edit.call(rope, (first.args[0], node.args[0], *node.args[2:]), like=node, before=place)
+        for i, old in enumerate(turned):
+            edit.replace(old, edit.call(operator.getitem, (both, i), like=old, before=place))
+            edit.erase(old)
+        edit.erase(node)
+        edit.erase(first)
+
+
+def _report(edit: Edit, nears: list[tuple[Near, Rule]]) -> None:
+    """Keep the nearest miss at each place where no rule fired and at least half of a pattern fits."""
+    alive = set(edit.nodes)
+    taken: set[fx.Node] = set()
+    worth = [(near, rule) for near, rule in nears if near.score >= min(3, rule.matcher.sketch.size) and 2 * near.score > rule.matcher.sketch.size and near.nodes <= alive]
+    for near, rule in sorted(worth, key=lambda item: (-item[0].score / item[1].matcher.sketch.size, -item[0].score)):
+        if not near.nodes & taken:
+            taken |= near.nodes
+            edit.missed(rule.name, near.node, near.reason)
