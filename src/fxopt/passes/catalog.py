@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from fxopt.passes.base import Pass
+from fxopt.passes.canonicalize import Canonicalize
+from fxopt.passes.dead_code import DeadCode
+from fxopt.passes.lora import Lora
+from fxopt.passes.quantize import Quantize
+from fxopt.passes.remat import Remat
 
-PASSES: tuple[type[Pass], ...] = ()
+PASSES: tuple[type[Pass], ...] = (
+    Canonicalize,
+    Lora,
+    Quantize,
+    Remat,
+    DeadCode,
+)
 
 
 def establishing(fact: str) -> list[str]:

@@ -10,7 +10,8 @@ import torch.fx as fx
 
 from fxopt.errors import PassError
 from fxopt.ir import meta
-from fxopt.ir.edit import Edit, mutates, random
+from fxopt.ir.edit import Edit, random
+from fxopt.ir.index import Flow, writes
 from fxopt.ir.program import Program
 from fxopt.passes.base import Pass
 
@@ -67,29 +68,10 @@ def _inputs(before: Program, after: Program) -> str | None:
 
 
 def written(program: Program) -> Counter[str]:
-    """How often the graph writes into each slot or input, by name."""
-    found: Counter[str] = Counter()
-    for node in program.graph.nodes:
-        if node.op != "call_function" or not mutates(node):
-            continue
-        schema = node.target._schema.arguments
-        values = {arg.name: value for arg, value in zip(schema, node.args)} | dict(node.kwargs)
-        into = [arg.name for arg in schema if arg.alias_info is not None and arg.alias_info.is_write] or ["running_mean", "running_var"]
-        for name in into:
-            root = base(values.get(name))
-            if root is not None and root.op in ("get_attr", "placeholder"):
-                found[str(root.target)] += 1
-    return found
-
-
-def base(node: Any) -> fx.Node | None:
-    """The node whose memory `node` is a view of."""
-    while isinstance(node, fx.Node) and node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.args:
-        returns = node.target._schema.returns
-        if not returns or returns[0].alias_info is None:
-            break
-        node = node.args[0]
-    return node if isinstance(node, fx.Node) else None
+    """How often the graph may write into each slot or input, by name."""
+    flow = Flow(program.graph, program.slots)
+    roots = (root for node in program.nodes for source in writes(node) for root in flow.roots[source])
+    return Counter(str(root.target) for root in roots if root.op in ("get_attr", "placeholder"))
 
 
 def _writes(before: Program, after: Program) -> str | None:
