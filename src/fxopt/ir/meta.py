@@ -12,6 +12,7 @@ import torch.fx as fx
 from torch.utils import _pytree as pytree
 
 PROVENANCE = "fxopt_provenance"
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n?\s*(.*)')
 
 
@@ -46,10 +47,13 @@ def from_capture(node: fx.Node) -> Provenance:
     stack = []
     for entry in (node.meta.get("nn_module_stack") or {}).values():
         path, kind = entry[0], entry[1]
+        if path.startswith("_empty_nn_module_stack"):
+            continue  # torch marks nodes without a module (shape arithmetic) with a module that is none
         name = kind if isinstance(kind, str) else getattr(kind, "__qualname__", str(kind))
         stack.append((path, name.rsplit(".", 1)[-1]))
     source = code = ""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    frames = [frame for frame in frames if not frame[0].startswith(_TORCH)] or frames
     if frames:
         file, line, _, code = frames[-1]
         source = f"{os.path.basename(file)}:{line}"

@@ -1,0 +1,130 @@
+"""The command: what it prints, where errors go, exit codes, and that help is fast."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, ViTConfig
+
+from fxopt.cli import main
+
+MODULE = '''
+import torch
+import torch.nn as nn
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4))
+    def forward(self, x):
+        return self.layers(x.float()).sum()
+
+class Branch(nn.Module):
+    def forward(self, x):
+        return x + 1 if x.sum() > 0 else x - 1
+
+def tiny():
+    return Tiny(), torch.randn(3, 4)
+def by_name():
+    return Tiny(), {"x": torch.randn(3, 4)}
+def bare():
+    return Tiny()
+def branch():
+    return Branch(), torch.randn(3, 4)
+'''
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "tiny_models.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "tiny_models", raising=False)
+    return tmp_path
+
+
+def test_help_does_not_import_torch() -> None:
+    code = ("import sys\nfrom fxopt.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+            "assert 'torch' not in sys.modules, 'help imports torch'\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "dump" in done.stdout
+
+
+def test_python_dash_m(here: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "fxopt", "dump", "tiny_models:tiny"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("#") and "aten.linear.default" in done.stdout
+
+
+def test_dump(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dump", "tiny_models:tiny"]) == 0
+    said = capsys.readouterr()
+    assert "aten.dropout.default" in said.out and said.err == ""
+    assert main(["dump", "tiny_models:by_name", "--eval", "--passes", "canonicalize"]) == 0
+    said = capsys.readouterr()
+    assert "aten.dropout.default" not in said.out and "# passes: canonicalize" in said.out
+    assert main(["dump", "tiny_models:bare", "--inputs", "x=bfloat16[3, 4]"]) == 0
+    assert "bfloat16[s0, 4]" in capsys.readouterr().out
+
+
+def test_stages(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    passes = ["--passes", "canonicalize | dead_code"]
+    assert main(["dump", "tiny_models:tiny", *passes, "--after", "capture"]) == 0
+    assert "aten.to.dtype" in capsys.readouterr().out
+    assert main(["dump", "tiny_models:tiny", *passes, "--diff", "capture", "canonicalize"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("--- as captured\n+++ canonicalize\n") and "\n-    to = aten.to.dtype" in said
+    assert main(["dump", "tiny_models:tiny", *passes, "--after", "fuse"]) == 2
+    assert "the stages are: capture, canonicalize, dead_code" in capsys.readouterr().err
+
+
+def test_json_and_report(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dump", "tiny_models:tiny", "--passes", "canonicalize", "--json", "--verify"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["passes"] == "canonicalize" and said["records"][0]["text"] == "canonicalize" and "aten.linear" in said["text"]
+    assert "bitwise equal" in said["records"][0]["notes"][-1]
+    assert main(["dump", "tiny_models:tiny", "--passes", "canonicalize", "--report"]) == 0
+    assert "canonicalize: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "code", "says"), [
+    (["tiny_models:tiny", "--passes", "canonicalise"], 2, "did you mean canonicalize?"),
+    (["tiny_models:nothing"], 2, "tiny_models has no 'nothing'"),
+    (["no_such_module:x"], 2, "no module 'no_such_module'"),
+    (["nonsense"], 2, "names no model"),
+    (["tiny_models:bare"], 2, "gives no inputs"),
+    (["tiny_models:bare", "--inputs", "x=floaty[3]"], 2, "is no input"),
+    (["tiny_models:branch"], 3, "cannot be captured"),
+])
+def test_errors(here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, says: str) -> None:
+    assert main(["dump", *arguments]) == code
+    said = capsys.readouterr()
+    assert says in said.err and said.out == ""
+
+
+def test_wrong_usage_is_two() -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["dump"])
+    assert end.value.code == 2
+
+
+def test_passes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["passes"]) == 0
+    assert "canonicalize()\n    one spelling" in capsys.readouterr().out
+
+
+def test_hugging_face_folders(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+                architectures=["LlamaForCausalLM"]).save_pretrained(here / "text")
+    assert main(["dump", str(here / "text"), "--passes", "canonicalize", "--fold"]) == 0
+    said = capsys.readouterr().out
+    assert "model.layers.1 … 2: same as model.layers.0" in said and "input_ids" in said and '"loss": cross_entropy_loss' in said
+    ViTConfig(image_size=8, patch_size=4, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+              architectures=["ViTForImageClassification"]).save_pretrained(here / "image")
+    assert main(["dump", str(here / "image")]) == 0
+    assert "pixel_values" in capsys.readouterr().out
