@@ -5,6 +5,7 @@ from __future__ import annotations
 from fxopt.passes.base import Pass
 from fxopt.passes.canonicalize import Canonicalize
 from fxopt.passes.dead_code import DeadCode
+from fxopt.passes.fuse import Fuse
 from fxopt.passes.lora import Lora
 from fxopt.passes.quantize import Quantize
 from fxopt.passes.remat import Remat
@@ -13,6 +14,7 @@ PASSES: tuple[type[Pass], ...] = (
     Canonicalize,
     Lora,
     Quantize,
+    Fuse,
     Remat,
     DeadCode,
 )
