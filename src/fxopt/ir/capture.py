@@ -70,6 +70,11 @@ def _as_function_of_tensors(model: nn.Module, call: Call) -> Iterator[None]:
             model.__dict__["forward"] = had
 
 
+def _copies(call: Call) -> tuple[torch.Tensor, ...]:
+    """Distinct, contiguous copies of a call's tensors."""
+    return tuple(t.detach().clone(memory_format=torch.contiguous_format).requires_grad_(t.requires_grad) for t in call.tensors)
+
+
 def example_tensors(call: Call) -> tuple[torch.Tensor, ...]:
     """Tensors to capture with: distinct objects (export would tie aliases together), batch of at least two.
 
@@ -80,30 +85,32 @@ def example_tensors(call: Call) -> tuple[torch.Tensor, ...]:
     double = bool(shaped) and all(t.shape[0] == 1 for t in shaped)
     found = []
     for t in call.tensors:
-        new = t.detach().clone()
+        new = t.detach().clone(memory_format=torch.contiguous_format)
         if double and t.dim() > 0:
             new = torch.cat([new, new])
         found.append(new.requires_grad_(t.requires_grad))
     return tuple(found)
 
 
-def capture(model: nn.Module, call: Call) -> Program:
+def capture(model: nn.Module, call: Call, *, exact: bool = False) -> Program:
     """The Program of one call of `model`, in its present mode (train or eval), grad mode and autocast state.
+
+    Args:
+        exact: capture with the call's own sizes, also where they are 1 (the program then covers only those).
 
     Raises:
         CaptureError: with the module path and the user's source line at which the export failed.
     """
     grad = torch.is_grad_enabled()
     places = torch_patches.CallTrace(model)
-    examples = example_tensors(call)
+    examples = _copies(call) if exact else example_tensors(call)
     doubled = any(a.shape != b.shape for a, b in zip(examples, call.tensors))
     try:
         program = _export(model, call, examples, places)
     except Exception as error:
         if doubled:
             try:
-                single = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in call.tensors)
-                return _from_export(model, call, _export(model, call, single, places))
+                return _from_export(model, call, _export(model, call, _copies(call), places))
             except Exception:  # noqa: BLE001  the first error is the one to report
                 pass
         path, line = places.where(error)
@@ -142,6 +149,10 @@ def _from_export(model: nn.Module, call: Call, exported: Any) -> Program:
     specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     graph, mapping = copy_graph(exported.graph)
     parameters = dict(model.named_parameters())
+    aliases: dict[str, list[str]] = {}
+    for name, first in names.items():
+        if name != first:
+            aliases.setdefault(first, []).append(name)
     user: list[fx.Node] = []
     for old in list(exported.graph.nodes):
         node = mapping[old]
@@ -161,7 +172,8 @@ def _from_export(model: nn.Module, call: Call, exported: Any) -> Program:
                 raise CaptureError(f"an input of kind {spec.kind.name} is not supported", where=spec.target or old.name,
                                    do="keep custom objects out of the traced code")
             val = node.meta["val"]
-            slots.setdefault(target, Slot(target, tuple(val.shape), val.dtype, kind, kind == "parameter" and parameters[target].requires_grad))
+            slots.setdefault(target, Slot(target, tuple(val.shape), val.dtype, kind, kind == "parameter" and parameters[target].requires_grad,
+                                           aliases=tuple(aliases.get(target, ()))))
             read_state(graph, node, target)
         elif old.op == "get_attr":
             constants[f"constant.{old.target}"] = _attribute(exported.graph_module, old.target)

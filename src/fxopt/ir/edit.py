@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -215,6 +216,11 @@ class Edit:
         """The nodes of the copy, in order."""
         return list(self.graph.nodes)
 
+    @property
+    def outputs(self) -> list[Any]:
+        """The flat outputs as edited so far: nodes or constants."""
+        return list(next(reversed(self.graph.nodes)).args[0])
+
     def trainable(self, name: str) -> bool:
         """Whether the slot takes a gradient, as edited so far."""
         return self.slots[name].requires_grad and name not in self.frozen
@@ -231,6 +237,11 @@ class Edit:
         with self.source.fake_mode, torch.no_grad():
             node.meta["val"] = target(*fake[0], **fake[1])
         return node
+
+    def item(self, node: fx.Node, index: int, *, like: fx.Node) -> fx.Node:
+        """`node[index]` of a node whose value is a tuple, placed right behind it."""
+        new = self.call(operator.getitem, (node, index), like=like, before=node.next)
+        return new
 
     def state(self, slot: Slot, *, like: fx.Node) -> fx.Node:
         """A `get_attr` node that reads a slot; declares the slot if it is new."""

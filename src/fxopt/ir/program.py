@@ -28,17 +28,28 @@ class Made:
 
     Attributes:
         by: name of the pass.
-        init: `init(source) -> Tensor`; `source` is the current value of the slot `source`, or None.
+        init: `init(source)` is the value; `source` is the current value of the slot `source`, or None.
+        item: if not None, the value is `init(source)[item]`: several slots are made by one computation.
         source: name of the slot the value is made from.
         replaces: True if `source` is not needed any more once all slots made from it exist (quantization).
         facts: what else the pass wants to be known of it (an adapter's rank and alpha, a format's name).
     """
 
     by: str
-    init: Callable[[torch.Tensor | None], torch.Tensor]
+    init: Callable[[torch.Tensor | None], Any]
     source: str | None = None
+    item: int | None = None
     replaces: bool = False
     facts: Any = None
+
+    def value(self, source: torch.Tensor | None, memo: dict[Any, Any]) -> torch.Tensor:
+        """The first value. `memo` keeps what several slots share; drop it when all of them are made."""
+        if self.item is None:
+            return self.init(source)
+        key = self.init, self.source
+        if key not in memo:
+            memo[key] = self.init(source)
+        return memo[key][self.item]
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ class Slot:
     kind: str  # "parameter" | "buffer" | "constant"
     requires_grad: bool = False
     made: Made | None = None
+    aliases: tuple[str, ...] = ()  # other names of the same tensor (tied weights)
 
 
 @dataclass(frozen=True)
@@ -124,6 +136,14 @@ class Assumption:
     def holds(self, value: torch.Tensor) -> bool:
         """Whether `value` meets the assumption (one reduction; one synchronization on a GPU)."""
         return bool(value.all())
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A fact: flat output number `index`, the value of node `node`, is only worth computing if the caller reads it."""
+
+    index: int
+    node: str
 
 
 @dataclass(frozen=True, eq=False)

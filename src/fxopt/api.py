@@ -1,0 +1,213 @@
+"""`optimize` and what it returns."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.nn as nn
+
+from fxopt.dispatch import Dispatcher
+from fxopt.errors import DataError, FxoptError
+from fxopt.ir import text
+from fxopt.ir.capture import Call
+from fxopt.ir.program import Program
+from fxopt.passes import presets
+from fxopt.passes.base import Pass
+from fxopt.passes.pipeline import Pipeline, pipeline
+from fxopt.runtime import adapted, store
+
+Passes = str | Pass | Pipeline | Iterable[str | Pass | Pipeline]
+
+
+def optimize(model: nn.Module, passes: Passes | None = None, *, inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+             check: bool = True, verify: str | None = None) -> Optimized:
+    """The same model, running as captured graphs that passes have rewritten.
+
+    Args:
+        model: any module. It stays usable; its blocks, parameters and hooks are its own, and passes that adapt or
+            quantize weights do so on this model.
+        passes: text (`"lora(rank=16) | quantize(nf4) | fuse"`), Pass values, or a Pipeline. None: `presets.exact()`,
+            passes that change nothing but speed and memory.
+        inputs: an example call, a tuple (args) or a dict (kwargs): capture now. None: capture at the first call.
+            Batch size and length are dynamic either way; other kinds of call are captured when they come.
+        check: after each capture, compare one step (outputs, all gradients, buffers) with the original.
+        verify: "values" checks each pass's promise on the example's values too.
+
+    Raises:
+        CaptureError: the model cannot be captured (where, and what to do), or a graph is not equal to it.
+        PassError: a pass cannot be parsed or applied, or broke its promise.
+    """
+    if not isinstance(model, nn.Module):
+        raise FxoptError(f"optimize takes an nn.Module, got {type(model).__name__}", do="wrap the function in a module")
+    if isinstance(model, Optimized):
+        raise FxoptError("the model is optimized already", do="optimize `opt.model` with the whole pipeline")
+    chosen = presets.exact() if passes is None else pipeline(passes)
+    opt = Optimized(model, Dispatcher(model, chosen, check=check, verify=verify))
+    if inputs is not None:
+        opt.prepare(inputs)
+    return opt
+
+
+class _Forward:
+    """`opt.forward` with the original's signature. An object, not a closure: a copied Optimized runs its own weights."""
+
+    def __init__(self, opt: Optimized) -> None:
+        self.opt = opt
+        self.__signature__ = inspect.signature(opt.model.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.opt.dispatcher(args, kwargs)
+
+
+class Optimized(nn.Module):
+    """A model that runs as optimized graphs. Made by `optimize`.
+
+    Parameters, buffers and submodules are the original's own; `state_dict` keeps the original names; everything that
+    is not defined here (`config`, `generate`, `save_pretrained`, ...) is the original model's.
+
+    Attributes:
+        model: the original module. Calling it runs the original Python code, with the same (adapted) weights.
+        passes: the pipeline.
+    """
+
+    def __init__(self, model: nn.Module, dispatcher: Dispatcher) -> None:
+        self.__dict__["model"] = model  # not a submodule: names stay the original's
+        super().__init__()
+        for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[shared] = model.__dict__[shared]
+        self.__dict__["dispatcher"] = dispatcher
+        self.__dict__["forward"] = _Forward(self)
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """The original's mode."""
+        return self.model.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        pass  # nn.Module.__init__ sets it; the original keeps its own
+
+    @property
+    def passes(self) -> Pipeline:
+        """The pipeline that every captured call goes through."""
+        return self.dispatcher.passes
+
+    def prepare(self, inputs: tuple[Any, ...] | Mapping[str, Any]) -> Program:
+        """Capture and optimize one kind of call, without running a step of it for real. Returns its program."""
+        args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
+        self.dispatcher.last = self.dispatcher.find(Call.of(args, kwargs))
+        return self.dispatcher.last.program
+
+    # -- the original's ways -------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "model" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["model"], name)
+
+    def train(self, mode: bool = True) -> Optimized:
+        """Switch the original between its two modes."""
+        self.model.train(mode)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's state dict: original names, plus the adapters."""
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the original."""
+        return self.model.load_state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimized:
+        model = copy.deepcopy(self.model, memo)
+        memo[id(self.model)] = model
+        new = Optimized(model, copy.deepcopy(self.dispatcher, memo))
+        memo[id(self)] = new
+        return new
+
+    def __reduce__(self) -> Any:
+        return _revive, (self.model, self.passes.text())
+
+    def __repr__(self) -> str:
+        return f"Optimized[{self.passes.text()}](\n{self.model!r}\n)"
+
+    # -- seeing --------------------------------------------------------------------------------------------------------
+
+    @property
+    def program(self) -> Program:
+        """The program of the latest call."""
+        if self.dispatcher.last is None:
+            raise FxoptError("nothing was captured yet", do="call the model once, or pass `inputs` to optimize")
+        return self.dispatcher.last.program
+
+    @property
+    def report(self) -> str:
+        """What each pass did to the latest program, what it did not do and why, and what the checks found."""
+        lowered = self.dispatcher.last
+        if lowered is None:
+            return "nothing was captured yet"
+        lines = [text.report(self.program)]
+        lines += [f"check: {line}" for line in lowered.checks]
+        lines += [f"note: {line}" for line in self.dispatcher.notes]
+        return "\n".join(lines)
+
+    # -- adapters ------------------------------------------------------------------------------------------------------
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write the adapters as a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`).
+
+        Raises:
+            DataError: the model has no adapters.
+        """
+        found = []
+        for path, module, weights in adapted.adapted_modules(self.model):
+            for leaf, weight in weights.items():
+                for name, fact in weight.adapters.items():
+                    if leaf != "weight":
+                        raise DataError(f"{weight.name}: PEFT's files hold adapters of parameters called `weight` only")
+                    a, b = adapted.factors(module, leaf, name)
+                    found.append(store.Adapter(path, a.detach(), b.detach(), fact.alpha, fan_in_fan_out=fact.transposed))
+        if not found:
+            raise DataError("the model has no adapters to save", do="optimize with the lora pass, and call the model once")
+        config = getattr(self.model, "config", None)
+        store.write_adapters(folder, found, base_model=getattr(config, "_name_or_path", None) or None,
+                             modules=[name for name, _ in self.model.named_modules()])
+
+    def load_adapter(self, folder: str | Path) -> None:
+        """Read a PEFT folder into the model's adapters.
+
+        Raises:
+            DataError: the file is malformed, or its targets, shapes or scale are not the model's.
+        """
+        if not self.dispatcher.installed:
+            raise DataError("the model has no adapters yet", do="optimize with the lora pass and `inputs`, then load")
+        given = {}
+        for item in store.read_adapters(folder):
+            name = f"{item.path}.weight"
+            alpha = item.alpha * item.a.shape[0] ** 0.5 if item.rslora else item.alpha  # the scale alpha / sqrt(r), said as alpha / r
+            given[name] = (item.a, item.b, alpha)
+        adapted.load_factors(self.model, given)
+
+    def merge(self) -> nn.Module:
+        """An ordinary module of the original class, with the adapters folded into dense weights. A copy."""
+        return adapted.merged(self.model)
+
+    def dense(self) -> Any:
+        """`with opt.dense(): opt.generate(...)`: adapted weights are computed once for the block, not at every use.
+
+        Memory: one dense copy of the adapted weights. No gradients inside.
+        """
+        return adapted.dense_weights(self.model)
+
+
+def _revive(model: nn.Module, passes: str) -> Optimized:
+    return optimize(model, passes)
+
+

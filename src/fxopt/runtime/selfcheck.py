@@ -1,0 +1,148 @@
+"""One step, original against graph: outputs, every gradient, buffers. State and random state are put back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.utils import _pytree as pytree
+
+from fxopt.errors import CaptureError
+from fxopt.kernels.tolerance import SELF_CHECK, SELF_CHECK_FLOOR
+from fxopt.runtime.binding import locate
+
+# Gradients of one step are compared whole up to this many bytes; beyond, every k-th parameter is.
+GRADIENT_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of a model gave: flat outputs, gradients by name, buffers by name."""
+
+    outputs: list[Any]
+    gradients: dict[str, torch.Tensor | None]
+    buffers: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a comparison found: the largest relative error and where, and how much was compared."""
+
+    error: float
+    place: str
+    gradients: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"largest relative error {self.error:.1e} at {self.place}; {self.gradients} of {self.of} gradients compared"
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module, devices: Sequence[int]) -> Iterator[None]:
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for live, kept in buffers:
+                    if live.shape == kept.shape:
+                        live.copy_(kept)
+
+
+def step(model: nn.Module, run: Callable[[], Any], inputs: Sequence[torch.Tensor], seed: int) -> Step:
+    """Run once under a seed, take all gradients of the sum of the losses (or of a fixed random projection of the outputs)."""
+    devices = sorted({t.device.index or 0 for t in (*inputs, *model.parameters()) if t.device.type == "cuda"})
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named += [(f"input {i}", t) for i, t in enumerate(inputs) if t.requires_grad]
+    total = sum(p.numel() * p.element_size() for _, p in named)
+    stride = max(1, -(-total // GRADIENT_BYTES))
+    chosen = named[::stride]
+    with _restored(model, devices):
+        torch.manual_seed(seed)
+        outputs = pytree.tree_leaves(run())
+        gradients: dict[str, torch.Tensor | None] = {name: None for name, _ in chosen}
+        floats = [o for o in outputs if isinstance(o, torch.Tensor) and o.is_floating_point() and o.requires_grad]
+        if torch.is_grad_enabled() and floats and chosen:
+            losses = [o for o in floats if o.dim() == 0] or [_projected(o) for o in floats]
+            grads = torch.autograd.grad(torch.stack([x.double() for x in losses]).sum(), [p for _, p in chosen], allow_unused=True)
+            gradients = dict(zip(gradients, grads))
+        buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        plain = [o.detach().clone() if isinstance(o, torch.Tensor) else o for o in outputs]
+    return Step(plain, gradients, buffers)
+
+
+def _projected(output: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(output.numel())
+    direction = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+    return (output * direction).sum() / max(output.numel(), 1) ** 0.5
+
+
+def compare(model: nn.Module, expected: Step, found: Step, what: str) -> Outcome:
+    """Raise unless two steps agree.
+
+    Raises:
+        CaptureError: naming the first output, gradient or buffer that differs, with both norms.
+    """
+    if len(expected.outputs) != len(found.outputs):
+        raise CaptureError(f"{what} returns {len(found.outputs)} values, the model {len(expected.outputs)}")
+    worst, place = 0.0, "nothing"
+    total = max([float(g.double().norm()) for g in expected.gradients.values() if g is not None] or [0.0])
+    pairs = [(f"output {i}", a, b, 0.0) for i, (a, b) in enumerate(zip(expected.outputs, found.outputs))]
+    pairs += [(f"the gradient of {name}", grad, found.gradients.get(name), total) for name, grad in expected.gradients.items()]
+    pairs += [(f"buffer {name}", b, found.buffers.get(name), 0.0) for name, b in expected.buffers.items()]
+    for name, a, b, scale in pairs:
+        error = _relative(a, b, scale)
+        if error > _allowed(a):
+            raise CaptureError(f"{what} is not equal to the model: {name} differs by {error:.1e} (relative), {_norm(a)} against {_norm(b)}",
+                               where=_owner(model, name), do="the graph is refused; run the model as it is, or exclude the module named here")
+        if error > worst:
+            worst, place = error, name
+    return Outcome(worst, place, len(expected.gradients), sum(1 for p in model.parameters() if p.requires_grad))
+
+
+def _allowed(value: Any) -> float:
+    if isinstance(value, torch.Tensor) and value.dtype in SELF_CHECK:
+        return SELF_CHECK[value.dtype]
+    return 0.0
+
+
+def _relative(a: Any, b: Any, scale: float) -> float:
+    """Relative error in the Frobenius norm; gradients far below the largest one are measured against that."""
+    if a is None and b is None:
+        return 0.0
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        zero = a if b is None else b
+        if isinstance(zero, torch.Tensor) and (a is None or b is None) and not zero.any():
+            return 0.0  # a gradient of zeros and no gradient
+        return 0.0 if type(a) is type(b) and a == b else float("inf")
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return float("inf")
+    if not (a.is_floating_point() or a.is_complex()):
+        return 0.0 if torch.equal(a, b) else float("inf")
+    if a.numel() == 0:
+        return 0.0
+    x, y = (t.to(torch.complex128) if t.is_complex() else t.double() for t in (a, b))
+    same = (x == y) | (x.isnan() & y.isnan())
+    if bool(same.all()):
+        return 0.0
+    difference = torch.where(same, torch.zeros_like(x), x - y)
+    finite = torch.where(x.isfinite(), x, torch.zeros_like(x))
+    return float(difference.abs().pow(2).sum().sqrt() / max(float(finite.abs().pow(2).sum().sqrt()), scale * SELF_CHECK_FLOOR, 1e-30))
+
+
+def _norm(value: Any) -> str:
+    return f"norm {float(value.double().norm()):.4g}" if isinstance(value, torch.Tensor) and value.is_floating_point() else repr(value)[:60]
+
+
+def _owner(model: nn.Module, name: str) -> str | None:
+    known = name.removeprefix("the gradient of ").removeprefix("buffer ")
+    try:
+        owner, _, _ = locate(model, known)
+    except (KeyError, AttributeError):
+        return name
+    return f"{known} of {type(owner).__name__}"
