@@ -188,7 +188,7 @@ def _from_export(model: nn.Module, call: Call, exported: Any) -> Program:
         raise CaptureError(f"{type(model).__name__} computes on no tensors", do="pass a module with tensor inputs or parameters")
     output.args = (tuple(flat),)
     signature = Signature(call.spec, call.leaves, out_spec)
-    return Program(graph, slots, signature, fake_mode, constants, training=model.training)
+    return Program(graph, slots, signature, fake_mode, constants, training=model.training, grad=torch.is_grad_enabled())
 
 
 def _attribute(root: Any, path: str) -> Any:

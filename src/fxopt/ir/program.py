@@ -161,6 +161,7 @@ class Program:
     log: tuple[Record, ...] = ()
     parent: Program | None = None
     training: bool = True
+    grad: bool = True  # captured with gradients enabled
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "slots", MappingProxyType(dict(self.slots)))
@@ -247,6 +248,13 @@ class ShapeGuards:
         if known is None:
             known = self.seen[shapes] = self._check(shapes)
         return known
+
+    def sizes(self, shape: Sequence[Any], shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+        """The concrete value of a symbolic shape, for a call with inputs of these shapes."""
+        bound: dict[sympy.Symbol, int] = {}
+        for wanted, got in zip(self.shapes, shapes):
+            bound.update((expr, size) for expr, size in zip(wanted, got) if isinstance(expr, sympy.Symbol))
+        return tuple(int(sympy.sympify(_expr(size)).subs(bound)) for size in shape)
 
     def _check(self, shapes: tuple[tuple[int, ...], ...]) -> str:
         bound: dict[sympy.Symbol, int] = {}

@@ -19,7 +19,7 @@ import torch.nn as nn
 from fxopt.errors import LowerError
 from fxopt.ir import meta
 from fxopt.ir.edit import build_region, effectful
-from fxopt.ir.program import Program
+from fxopt.ir.program import Lazy, Program
 
 aten = torch.ops.aten
 
@@ -51,11 +51,15 @@ class Region:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """Regions in execution order, the views taken at the end, and the flat outputs (a value's name, or a constant)."""
+    """Regions in execution order, the views taken at the end, and the flat outputs (a value's name, or a constant).
+
+    `lazy` maps the name of an output that is computed only when somebody reads it to the nodes that compute it.
+    """
 
     regions: tuple[Region, ...]
     views: tuple[fx.Node, ...]
     outputs: tuple[Any, ...]
+    lazy: dict[str, tuple[fx.Node, ...]]
     dissolved: tuple[str, ...]  # blocks that could not be cut out, with the reason
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Schedule:
@@ -128,9 +132,35 @@ def cut(program: Program, blocks: Iterable[str]) -> Schedule:
         dissolved.append(f"{schedule[0]}: {schedule[1]}")
 
 
+def lazy_nodes(program: Program) -> dict[str, tuple[fx.Node, ...]]:
+    """For each lazy output, the nodes that nothing else needs, in order."""
+    names = {fact.node for fact in program.facts if isinstance(fact, Lazy)}
+    eager = [n for n in program.outputs if isinstance(n, fx.Node) and n.name not in names]
+    needed = _ancestors([*eager, *(n for n in program.graph.nodes if n.op == "call_function" and effectful(n))])
+    found = {}
+    for node in program.outputs:
+        if isinstance(node, fx.Node) and node.name in names and node not in needed:
+            mine = _ancestors([node]) - needed
+            found[node.name] = tuple(n for n in program.graph.nodes if n in mine and n.op == "call_function")
+    return found
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
 def _try_cut(program: Program, wanted: list[str], dissolved: list[str]) -> Schedule | tuple[str, str]:
     paths = set(wanted)
-    nodes = [n for n in program.graph.nodes if n.op == "call_function" and not cheap(n)]
+    lazy = lazy_nodes(program)
+    later = {n for nodes in lazy.values() for n in nodes}
+    nodes = [n for n in program.graph.nodes if n.op == "call_function" and not cheap(n) and n not in later]
     order: dict[str, int] = {}
     owner: dict[fx.Node, str] = {}
     for node in nodes:
@@ -145,7 +175,7 @@ def _try_cut(program: Program, wanted: list[str], dissolved: list[str]) -> Sched
         if node.op in ("placeholder", "get_attr"):
             deps[node] = 0
             continue
-        if node.op == "output":
+        if node.op == "output" or node in later:
             continue
         needed = max((deps[i] for i in node.all_input_nodes), default=0)
         if cheap(node):
@@ -181,11 +211,16 @@ def _try_cut(program: Program, wanted: list[str], dissolved: list[str]) -> Sched
         tail.append(node)
 
     for node in returned:
-        trail(node)
+        if node.name not in lazy:
+            trail(node)
+    for node in later:
+        for source in node.all_input_nodes:
+            if source not in later:
+                trail(source)
     position = {n: i for i, n in enumerate(program.graph.nodes)}
     tail.sort(key=position.__getitem__)
     home = {node: at for at, group in groups.items() for node in group}
-    crossing: set[fx.Node] = {n for n in returned if n in home} | {i for n in tail for i in n.all_input_nodes if i in home}
+    crossing: set[fx.Node] = {n for n in returned if n in home} | {i for n in (*tail, *later) for i in n.all_input_nodes if i in home}
     regions: list[Region] = []
     plans: dict[int, tuple[list[fx.Node], list[fx.Node], list[str]]] = {}
     for at, group in groups.items():
@@ -207,7 +242,7 @@ def _try_cut(program: Program, wanted: list[str], dissolved: list[str]) -> Sched
     for name in [n.name for n in tail for a in n.all_input_nodes if a.op == "get_attr"]:
         raise LowerError(f"the program returns {name}, a view of its own state", do="return a clone of the parameter")
     outputs_out = tuple(n.name if isinstance(n, fx.Node) else n for n in flat)
-    return Schedule(tuple(regions), tuple(tail), tuple(_Ref(o) if isinstance(f, fx.Node) else o for f, o in zip(flat, outputs_out)), tuple(dissolved))
+    return Schedule(tuple(regions), tuple(tail), tuple(_Ref(o) if isinstance(f, fx.Node) else o for f, o in zip(flat, outputs_out)), lazy, tuple(dissolved))
 
 
 class _Ref(str):

@@ -7,6 +7,7 @@ from fxopt.passes.canonicalize import Canonicalize
 from fxopt.passes.dead_code import DeadCode
 from fxopt.passes.fuse import Fuse
 from fxopt.passes.lora import Lora
+from fxopt.passes.loss import Loss
 from fxopt.passes.quantize import Quantize
 from fxopt.passes.remat import Remat
 
@@ -15,6 +16,7 @@ PASSES: tuple[type[Pass], ...] = (
     Lora,
     Quantize,
     Fuse,
+    Loss,
     Remat,
     DeadCode,
 )

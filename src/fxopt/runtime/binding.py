@@ -13,9 +13,11 @@ import torch.nn as nn
 
 from fxopt.errors import LowerError
 from fxopt.ir import meta
+from fxopt.ir.capture import guards
 from fxopt.ir.partition import Policy
 from fxopt.ir.program import Program
 from fxopt.ir.regions import Region, Schedule, is_ref
+from fxopt.runtime.lazy import LazyOutput
 from fxopt.runtime.region import RegionRunner
 
 _pending = threading.local()
@@ -101,6 +103,8 @@ class Binding:
                     raise LowerError("the module's forward was replaced on the instance", where=region.path, do="replace it before optimizing, on the class")
                 block.__dict__["forward"] = BlockForward(block)
             self.steps.append((region, runner, block, [self._cell(name) for name in region.state]))
+        self.guards = guards(program)
+        self.lazy = {name: self._lazy(name, nodes) for name, nodes in schedule.lazy.items()}
         self.dead_after = self._last_uses()
         self.chain = self._chain()
 
@@ -131,6 +135,7 @@ class Binding:
     def _last_uses(self) -> list[list[str]]:
         """For each step, the values that nobody reads after it."""
         keep = {str(o) for o in self.schedule.outputs if is_ref(o)} | {a.name for v in self.schedule.views for a in v.all_input_nodes}
+        keep |= {name for values, *_ in self.lazy.values() for name in values}
         last: dict[str, int] = {}
         for i, (region, *_rest) in enumerate(self.steps):
             for name in (*region.inputs, *region.outputs):
@@ -140,6 +145,33 @@ class Binding:
             if name not in keep:
                 found[i].append(name)
         return found
+
+    def _lazy(self, name: str, nodes: tuple[fx.Node, ...]) -> tuple[list[str], dict[str, Any], tuple[fx.Node, ...]]:
+        """What a lazy output is computed from: names of values, cells of state, and the nodes."""
+        values: dict[str, None] = {}
+        cells: dict[str, Any] = {}
+        for node in nodes:
+            for source in node.all_input_nodes:
+                if source.op == "get_attr":
+                    cells[source.name] = self._cell(str(source.target))
+                elif source not in nodes:
+                    values[source.name] = None
+        return list(values), cells, nodes
+
+    def _lazy_output(self, name: str, env: Mapping[str, Any], shapes: tuple[tuple[int, ...], ...]) -> LazyOutput:
+        values, cells, nodes = self.lazy[name]
+        local = {value: env[value] for value in values} | {key: store[leaf] for key, (store, leaf) in cells.items()}
+
+        def compute() -> torch.Tensor:
+            done = dict(local)
+            for node in nodes:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: done[n.name])
+                done[node.name] = node.target(*args, **kwargs)
+            return done[name]
+
+        example = meta.value(nodes[-1])
+        return LazyOutput.of(torch.Size(self.guards.sizes(example.shape, shapes)), example.dtype, next(v.device for v in local.values() if isinstance(v, torch.Tensor)),
+                             compute, [v for v in local.values() if isinstance(v, torch.Tensor)])
 
     def _chain(self) -> list[tuple[Mapping[str, Any], str, Any]]:
         """Every (parent's `_modules`, name, child), to notice that a submodule was replaced after the capture."""
@@ -175,4 +207,5 @@ class Binding:
         for node in self.schedule.views:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n.name])
             env[node.name] = node.target(*args, **kwargs)
-        return [env[str(o)] if is_ref(o) else o for o in self.schedule.outputs]
+        shapes = tuple(tuple(t.shape) for t in tensors)
+        return [(self._lazy_output(str(o), env, shapes) if o in self.lazy else env[str(o)]) if is_ref(o) else o for o in self.schedule.outputs]
