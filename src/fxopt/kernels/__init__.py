@@ -1,1 +1,1 @@
-"""What the machine can do: fused ops with a reference, a CPU body and (later) Triton kernels."""
+"""What the machine can do: fused ops with a reference, an ATen body and (later) Triton kernels."""

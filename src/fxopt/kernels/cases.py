@@ -1,0 +1,54 @@
+"""Strategies that the cases of all ops share: shapes, layouts, dtypes, seeded values.
+
+Values come from a seeded generator, not from hypothesis: it explores shapes and options, where the
+bugs of such ops are, and a failing case prints small.
+"""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def dtypes() -> st.SearchStrategy[torch.dtype]:
+    return st.sampled_from(DTYPES)
+
+
+def seeds() -> st.SearchStrategy[int]:
+    return st.integers(0, 999)
+
+
+def widths() -> st.SearchStrategy[int]:
+    """Sizes of a last dimension: one, odd, and a little over a vector register."""
+    return st.sampled_from((1, 2, 5, 8, 17, 33, 64))
+
+
+def leading(empty: bool = True) -> st.SearchStrategy[tuple[int, ...]]:
+    """Leading dimensions: none, one row, odd counts, and no rows at all."""
+    shapes = ((), (1,), (7,), (2, 3), (1, 4, 1))
+    return st.sampled_from((*shapes, (0,), (2, 0)) if empty else shapes)
+
+
+def subset(positions: tuple[int, ...]) -> st.SearchStrategy[tuple[int, ...]]:
+    """Which of these arguments require a gradient: at least one."""
+    return st.lists(st.sampled_from(positions), min_size=1, unique=True).map(lambda some: tuple(sorted(some)))
+
+
+@st.composite
+def tensors(draw, shape, dtype, scale=1.0):
+    """Normal values of this shape; contiguous, permuted, strided or a slice of something larger."""
+    generator = torch.Generator().manual_seed(draw(seeds()))
+
+    def normal(size):
+        return (torch.randn(size, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+    layout = draw(st.sampled_from(("contiguous", "contiguous", "slice", "step", "transposed")))
+    if not shape or layout == "contiguous":
+        return normal(shape)
+    if layout == "slice":
+        return normal((*shape[:-1], shape[-1] + 3))[..., 1 : shape[-1] + 1]
+    if layout == "step":
+        return normal((*shape[:-1], 2 * shape[-1]))[..., ::2]
+    return normal(tuple(reversed(shape))).permute(*reversed(range(len(shape))))

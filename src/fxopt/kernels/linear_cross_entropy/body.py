@@ -1,0 +1,171 @@
+"""Head and cross entropy without the logits in memory: gradients are computed on the way forward.
+
+When a chunk of logits is there, its gradient is one more product away; plain PyTorch keeps three
+tensors of [N, V] instead. The saved gradients are those of the summed loss: the division by the
+number of rows and the incoming gradient are applied in backward, in fp32, so that an fp16 gradient
+is not pushed into the subnormals before a loss scaler can lift it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fxopt.errors import CheckError
+from fxopt.kernels.blocks import as_rows
+from fxopt.kernels.dtypes import wide
+from fxopt.kernels.linear_cross_entropy.sweep import Head, sweep
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def _check(hidden, weight, target, reduction):
+    if reduction not in REDUCTIONS:
+        raise CheckError(f"cross entropy has no reduction {reduction!r}", do=f"use one of {', '.join(REDUCTIONS)}")
+    if hidden.dtype != weight.dtype:
+        raise CheckError(f"hidden is {hidden.dtype} and the head is {weight.dtype}", do="cast one to the other")
+    torch._check(
+        hidden.shape[:-1] == target.shape,
+        lambda: f"hidden {tuple(hidden.shape)} needs one target a row, not {tuple(target.shape)}",
+    )
+    torch._check(hidden.shape[-1] == weight.shape[1], lambda: f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}")
+
+
+def kept_now(reduction, grad_mask):
+    """Which gradients forward computes: with reduction "none" those of weight and bias mix rows
+    before their incoming gradients are known, so that only backward can form them."""
+    on = list(grad_mask)
+    return [on[0], on[1] and reduction != "none", on[2] and reduction != "none"]
+
+
+def forward(
+    hidden, weight, bias, target, ignore_index, reduction, label_smoothing, softcap, logit_scale, chunk, grad_mask
+):
+    """Cross entropy of softcap * tanh(logit_scale (hidden W^T + bias) / softcap) against target.
+
+    Args:
+        hidden: [..., d]. weight: [V, d], same dtype. bias: [V] or None. target: [...] int64.
+        ignore_index: rows with this target are dropped before the head. reduction: "mean" over the
+            rows kept, "sum", or "none". label_smoothing: in [0, 1]. softcap: 0.0 for none.
+        logit_scale: applied before the cap. chunk: rows whose logits exist at once, 0 to choose.
+        grad_mask: which of (d_hidden, d_weight, d_bias) to compute now, for backward. What is not
+            computed now and needed then costs a second sweep over the head; all False for
+            inference.
+
+    Returns:
+        loss: [] or [...] for "none", fp32 (fp64 for fp64): logits are rounded to their dtype by the
+            product and widened before the softmax. With no row kept, "mean" is NaN.
+        count: [] int64, rows not ignored.
+        d_hidden [..., d], d_weight [V, d], d_bias [V]: gradients of the summed loss, or None.
+            d_hidden is full, with zero rows where ignored: a compact one would have a size that
+            depends on the data, which no trace with static or symbolic shapes can hold.
+
+    Raises:
+        CheckError, RuntimeError: unknown reduction; shapes or dtypes do not fit. IndexError: a
+            target outside [0, V).
+
+    Source: Wijmans et al., 2024, https://arxiv.org/abs/2411.09009, for the problem and for the
+    order of the sums; gradients in forward as in Hsu et al., 2024, https://arxiv.org/abs/2410.10989.
+    """
+    _check(hidden, weight, target, reduction)
+    head = Head(weight, bias, ignore_index, label_smoothing, softcap, logit_scale, chunk)
+    mask = kept_now(reduction, grad_mask)
+    losses, count, d_hidden, d_weight, d_bias = sweep(head, as_rows(hidden), target.reshape(-1), None, mask)
+    if reduction == "none":
+        loss = losses.view(target.shape)
+    else:
+        loss = losses.sum()
+        loss = loss / count if reduction == "mean" else loss
+    return loss, count, None if d_hidden is None else d_hidden.view(hidden.shape), d_weight, d_bias
+
+
+def forward_fake(
+    hidden, weight, bias, target, ignore_index, reduction, label_smoothing, softcap, logit_scale, chunk, grad_mask
+):
+    _check(hidden, weight, target, reduction)
+    mask = kept_now(reduction, grad_mask)
+    gradients = (part.new_empty(part.shape) if on else None for part, on in zip((hidden, weight, bias), mask, strict=True))
+    shape = target.shape if reduction == "none" else ()
+    return hidden.new_empty(shape, dtype=wide(hidden.dtype)), target.new_empty(()), *gradients
+
+
+def backward(
+    grad_loss,
+    count,
+    d_hidden,
+    d_weight,
+    d_bias,
+    hidden,
+    weight,
+    bias,
+    target,
+    ignore_index,
+    reduction,
+    label_smoothing,
+    softcap,
+    logit_scale,
+    chunk,
+    output_mask,
+):
+    """Gradients of `linear_cross_entropy`: saved ones scaled, missing ones by a second sweep.
+
+    Args:
+        grad_loss: [] or [...] for "none". count, d_hidden, d_weight, d_bias: results of forward.
+        hidden, weight, bias, target: None unless a gradient in output_mask was not computed then.
+
+    Returns:
+        the three gradients in their inputs' dtypes, None where the mask is off. Rows that were
+        ignored have zero gradient; so has everything when no row was kept.
+    """
+    grad = grad_loss.to(wide(grad_loss.dtype))
+    if reduction == "mean":
+        # With no row kept the saved gradients are zero, and 0 / 0 must not make them NaN.
+        grad = grad / count.clamp(min=1)
+    saved = [d_hidden, d_weight, d_bias]
+    missing = [on and part is None for on, part in zip(output_mask, saved, strict=True)]
+    if any(missing):
+        head = Head(weight, bias, ignore_index, label_smoothing, softcap, logit_scale, chunk)
+        row_weight = grad.expand(target.shape).reshape(-1)
+        fresh = sweep(head, as_rows(hidden), target.reshape(-1), row_weight, missing)[2:]
+    results = []
+    for place, part in enumerate(saved):
+        if not output_mask[place]:
+            results.append(None)
+        elif missing[place]:
+            results.append(fresh[place].view(hidden.shape) if place == 0 else fresh[place])
+        else:
+            factor = grad.unsqueeze(-1) if reduction == "none" else grad
+            results.append((part * factor).to(part.dtype))
+    return tuple(results)
+
+
+def backward_fake(
+    grad_loss,
+    count,
+    d_hidden,
+    d_weight,
+    d_bias,
+    hidden,
+    weight,
+    bias,
+    target,
+    ignore_index,
+    reduction,
+    label_smoothing,
+    softcap,
+    logit_scale,
+    chunk,
+    output_mask,
+):
+    parts = zip((d_hidden, d_weight, d_bias), (hidden, weight, bias), output_mask, strict=True)
+    like = [(saved if saved is not None else source, on) for saved, source, on in parts]
+    return tuple(part.new_empty(part.shape) if on else None for part, on in like)
+
+
+def setup_context(ctx, inputs, output):
+    hidden, weight, bias, target, *ctx.options, _ = inputs
+    _, count, *gradients = output
+    needed = ctx.needs_input_grad[:3]
+    again = any(need and gradient is None for need, gradient in zip(needed, gradients, strict=True))
+    gradients = [gradient if need else None for need, gradient in zip(needed, gradients, strict=True)]
+    data = (hidden, weight, bias, target) if again else (None,) * 4
+    ctx.save_for_backward(count, *gradients, *data)

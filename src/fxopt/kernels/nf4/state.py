@@ -1,0 +1,78 @@
+"""The JSON tensor that describes an NF4 weight in a bitsandbytes safetensors file.
+
+Beside a weight `W` such a file holds `W.absmax`, `W.quant_map` and `W.quant_state.bitsandbytes__nf4`;
+the last is a uint8 tensor of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import torch
+
+from fxopt.errors import DataError
+from fxopt.kernels.nf4.reference import BLOCK
+
+KEY = "quant_state.bitsandbytes__nf4"
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
+
+
+@dataclass(frozen=True)
+class QuantState:
+    """What the JSON says: the dense shape, the dtype to dequantize to, and the nested offset.
+
+    `nested_offset` is None where the scales are plain fp32, else the mean that was subtracted
+    before the scales themselves were quantized in blocks of `nested_blocksize`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nested_blocksize: int | None = None
+    nested_offset: float | None = None
+
+
+def quant_state_json(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The uint8 tensor of JSON for a weight of this dense shape and compute dtype.
+
+    Raises:
+        DataError: a dtype that the format cannot name.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise DataError(f"an NF4 file cannot hold {dtype}", do=f"use one of {', '.join(_DTYPES)}")
+    text = json.dumps({"quant_type": "nf4", "blocksize": BLOCK, "dtype": name, "shape": list(shape)})
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def parse_quant_state(tensor: torch.Tensor, where: str | None = None) -> QuantState:
+    """Read the JSON tensor back.
+
+    Args:
+        tensor: uint8, one dimension. where: the file and key, for the error message.
+
+    Raises:
+        DataError: not JSON, a missing or wrong field, another quantization type or block size.
+    """
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+        raise DataError(f"an NF4 state must be a flat uint8 tensor, not {tensor.dtype} {tuple(tensor.shape)}", where=where)
+    try:
+        fields = json.loads(bytes(tensor.tolist()))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"an NF4 state is not JSON: {error}", where=where) from error
+    if not isinstance(fields, dict):
+        raise DataError("an NF4 state is not a JSON object", where=where)
+    for key, expected in (("quant_type", "nf4"), ("blocksize", BLOCK)):
+        if fields.get(key) != expected:
+            raise DataError(f"{key} is {fields.get(key)!r}, not {expected!r}", where=where, do="quantize this weight again")
+    shape, dtype = fields.get("shape"), fields.get("dtype")
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise DataError(f"shape is {shape!r}, not a list of sizes", where=where)
+    if dtype not in _DTYPES:
+        raise DataError(f"dtype is {dtype!r}, not one of {', '.join(_DTYPES)}", where=where)
+    nested = fields.get("nested_blocksize"), fields.get("nested_offset")
+    if (nested[0] is None) != (nested[1] is None):
+        raise DataError("only one of nested_blocksize and nested_offset is there", where=where)
+    if nested[0] is not None and not (type(nested[0]) is int and nested[0] > 0 and type(nested[1]) in (int, float)):
+        raise DataError(f"nested_blocksize and nested_offset are {nested!r}, not numbers", where=where)
+    return QuantState(tuple(shape), _DTYPES[dtype], *nested)

@@ -1,0 +1,19 @@
+"""Inputs of `fxopt::rms_norm`."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from fxopt.kernels.cases import dtypes, leading, seeds, subset, tensors, widths
+from fxopt.kernels.op import Case
+from fxopt.kernels.rms_norm.body import CASTINGS
+
+
+@st.composite
+def cases(draw):
+    dtype, width = draw(dtypes()), draw(widths())
+    x = draw(tensors((*draw(leading()), width), dtype))
+    weight = draw(st.none() | tensors((width,), dtype))
+    eps, offset = draw(st.sampled_from((1e-6, 1e-5, 0.1))), draw(st.sampled_from((0.0, 1.0)))
+    args = (x, weight, eps, offset, draw(st.sampled_from(CASTINGS)))
+    return Case(args, draw(subset((0,) if weight is None else (0, 1))), draw(st.booleans()), draw(seeds()))

@@ -1,0 +1,147 @@
+"""Rotary position embedding in plain PyTorch, and the ways in which programs write it.
+
+Su et al., 2021, https://arxiv.org/abs/2104.09864. The "half" layout pairs column i with column
+i + rotary_dim / 2, the interleaved layout pairs columns 2i and 2i + 1.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fxopt.kernels.op import Bind, Pattern
+
+
+def rope(q, k, cos, sin, interleaved, half_tables):
+    """Same arguments as `fxopt::rope`; returns (q_out, k_out)."""
+    if half_tables:
+        repeat = _repeat_pairs if interleaved else _repeat_halves
+        cos, sin = repeat(cos), repeat(sin)
+    rotate = _rotate_pairs if interleaved else _rotate_half
+    q_out = _rotate(q, cos, sin, rotate)
+    return q_out, (q.new_empty(0) if k is None else _rotate(k, cos, sin, rotate))
+
+
+def _rotate(x, cos, sin, rotate):
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    turned = (turned * cos + rotate(turned) * sin).to(x.dtype)
+    return torch.cat((turned, rest), dim=-1)
+
+
+def _repeat_halves(table):
+    return torch.cat((table, table), dim=-1)
+
+
+def _repeat_pairs(table):
+    return table.repeat_interleave(2, dim=-1)
+
+
+def _rotate_half(x):
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
+def _rotate_pairs(x):
+    return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+
+
+def _half(x, cos, sin, *, half):
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+def _half_chunk(x, cos, sin):
+    first, second = torch.chunk(x, 2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _half_wide(x, cos, sin, *, half):
+    wide = x.float()
+    return (wide * cos + torch.cat((-wide[..., half:], wide[..., :half]), dim=-1) * sin).to(x.dtype)
+
+
+def _half_split(x, cos, sin, *, half):
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _half_split_chunk(x, cos, sin):
+    first, second = torch.chunk(x, 2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _half_split_swapped(x, cos, sin, *, half):
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+
+
+def _pairs(x, cos, sin):
+    return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2) * sin
+
+
+def _pairs_wide(x, cos, sin):
+    wide = x.float()
+    rotated = torch.stack((-wide[..., 1::2], wide[..., ::2]), dim=-1).flatten(-2)
+    return (wide * cos + rotated * sin).to(dtype=x.dtype)
+
+
+def _pairs_split(x, cos, sin):
+    first, second = x[..., ::2], x[..., 1::2]
+    return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
+
+
+def _check(bound, tables):
+    x, cos, sin = bound["x"], bound["cos"], bound["sin"]
+    if cos.shape != sin.shape or cos.dtype != sin.dtype:
+        return f"cos {tuple(cos.shape)} {cos.dtype} and sin {tuple(sin.shape)} {sin.dtype} differ"
+    if cos.shape[-1] * tables != x.shape[-1]:
+        return f"the tables are {cos.shape[-1]} wide and x is {x.shape[-1]} wide"
+    if cos.dim() > x.dim():
+        return "the tables have more dimensions than x"
+    if "half" in bound and bound["half"] * 2 != x.shape[-1]:
+        return "x is not split in the middle"
+    if cos.requires_grad or sin.requires_grad:
+        return "the tables are trained"
+    return None
+
+
+def _check_full(bound):
+    return _check(bound, 1)
+
+
+def _check_half(bound):
+    return _check(bound, 2)
+
+
+def _pattern(fn, interleaved, half_tables, dtype=torch.float32, table=torch.float32, scalar=True):
+    width = 11 if half_tables else 22
+    return Pattern(
+        name=fn.__name__.lstrip("_") + ("" if table == torch.float32 == dtype else f"_{dtype}_{table}".replace("torch.", "")),
+        fn=fn,
+        inputs={"x": ((3, 7, 5, 22), dtype), "cos": ((3, 1, 5, width), table), "sin": ((3, 1, 5, width), table)},
+        scalars={"half": 11} if scalar else {},
+        arguments={
+            "q": Bind("x"),
+            "k": None,
+            "cos": Bind("cos"),
+            "sin": Bind("sin"),
+            "interleaved": interleaved,
+            "half_tables": half_tables,
+        },
+        check=_check_half if half_tables else _check_full,
+    )
+
+
+_LOW = torch.bfloat16
+
+PATTERNS = (
+    _pattern(_half, False, False),
+    _pattern(_half_chunk, False, False, scalar=False),
+    _pattern(_half_wide, False, False, dtype=_LOW),
+    _pattern(_half_wide, False, False, dtype=_LOW, table=_LOW),
+    _pattern(_half_split, False, True),
+    _pattern(_half_split_chunk, False, True, scalar=False),
+    _pattern(_half_split_swapped, False, True),
+    _pattern(_pairs, True, False, scalar=False),
+    _pattern(_pairs_wide, True, False, dtype=_LOW, scalar=False),
+    _pattern(_pairs_wide, True, False, dtype=_LOW, table=_LOW, scalar=False),
+    _pattern(_pairs_split, True, True, scalar=False),
+)

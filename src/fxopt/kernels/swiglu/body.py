@@ -1,0 +1,50 @@
+"""SwiGLU from ATen calls."""
+
+from __future__ import annotations
+
+import torch
+
+from fxopt.kernels import gated
+
+
+def _activate(x, out):
+    torch.ops.aten.silu.out(x, out=out)
+
+
+def _differentiate(grad, x, out):
+    torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out)
+
+
+def forward(gate, up):
+    """SwiGLU: y = silu(gate) * up, with silu(z) = z * sigmoid(z).
+
+    Args:
+        gate, up: same shape [...] and dtype (fp16, bf16, fp32 or fp64), any strides.
+
+    Returns:
+        y: [...] in that dtype, contiguous; one rounding (computed in fp32 for low precision).
+
+    Raises:
+        CheckError, RuntimeError: the dtypes, the shapes differ.
+
+    Source: Shazeer, 2020, https://arxiv.org/abs/2002.05202.
+    """
+    return gated.forward(gate, up, _activate)
+
+
+def forward_fake(gate, up):
+    gated.check(gate, up)
+    return gate.new_empty(gate.shape)
+
+
+def backward(dy, gate, up, output_mask):
+    """Gradients (dgate, dup) of `swiglu`; None where the mask is off."""
+    return gated.backward(dy, gate, up, _activate, _differentiate, output_mask)
+
+
+def backward_fake(dy, gate, up, output_mask):
+    return gated.backward_fake(gate, output_mask)
+
+
+def setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)

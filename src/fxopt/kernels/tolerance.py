@@ -1,0 +1,67 @@
+"""Every number that decides whether two results are close. Nothing here is chosen per op.
+
+The oracle compares with the truth, the fp64 reference, not with another rounded result:
+
+    error of candidate <= EAGER * error of eager + ULPS * ulp of the result
+
+"Eager" is the reference in the candidate's own dtype or in fp32, whichever errs more, as in Wijmans et al., 2024,
+https://arxiv.org/abs/2411.09009. Its error is the maximum over the tensor (rounding errors are not
+paired element by element) and over the case and `NEARBY` others whose inputs differ by up to
+`STEP`: on one row or one column eager is now and then exact by luck, and cancellation hides it.
+An fp64 candidate is as exact as the truth; there the error of eager is taken in fp32 and scaled.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Another order of the same sums: twice is common on the small tensors of the cases.
+EAGER = 2.0
+ULPS = 2.0
+NEARBY = 4
+STEP = 2.0**-6
+
+
+def nearby(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A tensor whose elements differ from the given one's by at most `STEP`, relatively."""
+    change = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 2 - 1
+    return (tensor.double() * (1 + STEP * change)).to(tensor.dtype)
+
+
+def eager_error(eager: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> float:
+    """The largest finite error of eager, scaled to dtype if it was measured in another one."""
+    scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if dtype == torch.float64 else 1.0
+    error = (eager.double() - truth.double()).abs()
+    error = error[error.isfinite()]
+    return scale * float(error.max()) if error.numel() else 0.0
+
+
+def excess(candidate: torch.Tensor, truth: torch.Tensor, error: float) -> float:
+    """By how much the candidate's error exceeds what is allowed: at most 0 when it passes.
+
+    Args:
+        candidate: the result under test. truth: fp64, same shape. error: see `eager_error`.
+
+    Returns:
+        the largest excess, in the unit of the values; inf where the shapes differ, or one is not
+        finite and the other is, or infinities differ.
+    """
+    if candidate.shape != truth.shape:
+        return float("inf")
+    unit = torch.finfo(candidate.dtype).eps
+    candidate, truth = candidate.double(), truth.double()
+    finite = truth.isfinite()
+    if not torch.allclose(candidate[~finite], truth[~finite], rtol=0.0, atol=0.0, equal_nan=True):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    candidate, truth = candidate[finite], truth[finite]
+    worst = ((candidate - truth).abs() - ULPS * unit * truth.abs()).max() - EAGER * error
+    return float("inf") if worst.isnan() else float(worst)
+
+# A captured step against the original one, relative error of each tensor in the Frobenius norm. Other orders of the same
+# sums are around 1e-6 in fp32 (measured over 268 models: 233 bitwise, the rest <= 1.0e-5); a lost term is around 1.
+SELF_CHECK = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-4, torch.complex64: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+# A gradient that is smaller than this part of the largest one is rounding (a bias in front of a batch norm: zero in exact
+# arithmetic), and is measured against this part.
+SELF_CHECK_FLOOR = 1e-3
