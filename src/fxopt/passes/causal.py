@@ -1,0 +1,127 @@
+"""causal: attention masks that say no more than "causal" or "everything" become flags of the attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.fx as fx
+
+from fxopt.ir import meta
+from fxopt.ir.edit import Edit, rule_here
+from fxopt.ir.formula import EVERYWHERE, Affine, AtLeastZero, inputs_of, said, simplify
+from fxopt.ir.index import Flow, arguments, called
+from fxopt.ir.masks import Reader, Unknown
+from fxopt.ir.program import Assumption
+from fxopt.passes.base import Pass, Promise
+
+aten = torch.ops.aten
+
+_CAUSAL = AtLeastZero(Affine(0, ((-2, 1), (-1, -1))))  # q - k >= 0
+
+
+@dataclass(frozen=True)
+class Causal(Pass):
+    """attention masks as flags: causal, or none
+
+    A dense mask costs memory of the size of the scores and keeps attention off its fastest kernels. The mask is read as
+    a formula over positions; one that is exactly causal, or allows everything, goes. With keys and values repeated for
+    grouped heads, attention without a mask takes them unrepeated.
+
+    Args:
+        assume: whether the program may be for calls only in which a padding mask masks nothing. The caller checks it.
+    """
+
+    assume: bool = True
+
+    name: ClassVar[str] = "causal"
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    promise: ClassVar[Promise] = Promise(values="tolerance")
+
+    def run(self, edit: Edit) -> None:
+        """Try every attention in the graph."""
+        reader = Reader(edit.source.constants)
+        flow = Flow(edit.graph, edit.slots)
+        for node in edit.nodes:
+            if called(node, aten.scaled_dot_product_attention.default):
+                node = self._unmask(edit, reader, flow, node)
+                ungroup(edit, node)
+
+    def _unmask(self, edit: Edit, reader: Reader, flow: Flow, node: fx.Node) -> fx.Node:
+        given = arguments(node)
+        mask = given.get("attn_mask")
+        if mask is None:
+            return node
+        try:
+            if flow.roots[mask] & flow.written:
+                raise Unknown(mask, f"`{mask.name}` is written in place")
+            formula = reader.allowed(mask)
+        except Unknown as unknown:
+            edit.missed("mask", node, unknown.reason)
+            return node
+        sizes = _sizes(meta.tensor(mask), given)
+        leaves = inputs_of(simplify(formula, sizes, frozenset()))
+        formula = simplify(formula, sizes, leaves if self.assume else frozenset())
+        queries, keys = meta.tensor(given["query"]).shape[-2], meta.tensor(given["key"]).shape[-2]
+        if formula == _CAUSAL and not meta.same_size(queries, keys):
+            edit.missed("mask", node, f"the mask is causal for {queries} queries and {keys} keys: their ends may not be aligned")
+            return node
+        if formula not in (_CAUSAL, EVERYWHERE):
+            left = inputs_of(formula)
+            why = f"the mask depends on the values of {', '.join(sorted(left))}" if left else f"the mask is neither causal nor full: {said(formula)}"
+            edit.missed("mask", node, why)
+            return node
+        for leaf in sorted(leaves) if self.assume else ():
+            edit.assume(Assumption(leaf))
+        causal = formula == _CAUSAL
+        new = edit.call(node.target, (given["query"], given["key"], given["value"], None, given.get("dropout_p", 0.0), causal), _options(given), like=node)
+        edit.replace(node, new, rule=rule_here("causal mask" if causal else "full mask"))
+        edit.erase(node)
+        return new
+
+
+def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: given[name] for name in ("scale", "enable_gqa") if name in given}
+
+
+def _sizes(mask: torch.Tensor, given: Mapping[str, Any]) -> dict[int, int | None]:
+    """Static sizes of the scores by dimension."""
+    scores = {-1: meta.tensor(given["key"]).shape[-2], -2: meta.tensor(given["query"]).shape[-2]}
+    shape = {i - mask.dim(): size for i, size in enumerate(mask.shape)}
+    return {dim: size if isinstance(size, int) else None for dim, size in {**shape, **scores}.items()}
+
+
+def ungroup(edit: Edit, node: fx.Node) -> None:
+    """Attention without a mask takes grouped keys and values as they are.
+
+    On CPU the kernel is the same and the copies go; with a mask some CUDA kernels do not take grouped heads.
+    """
+    given = arguments(node)
+    if given.get("attn_mask") is not None or given.get("enable_gqa"):
+        return
+    key, value = (repeated(given[name]) for name in ("key", "value"))
+    if key is None or value is None:
+        return
+    if not meta.same_size(meta.tensor(key).shape[1], meta.tensor(value).shape[1]):
+        return
+    positional = (given["query"], key, value, None, given.get("dropout_p", 0.0), given.get("is_causal", False))
+    new = edit.call(node.target, positional, {**_options(given), "enable_gqa": True}, like=node)
+    edit.replace(node, new, rule=rule_here("grouped heads"))
+    edit.erase(node)
+
+
+def repeated(node: Any) -> fx.Node | None:
+    """What `unsqueeze(2) -> expand -> reshape` repeats along the heads, [batch, heads, seq, width]; None if it is not that."""
+    if not called(node, aten.reshape.default, aten.view.default) or not called(node.args[0], aten.expand.default):
+        return None
+    expand = node.args[0]
+    narrow = expand.args[0]
+    if not called(narrow, aten.unsqueeze.default) or narrow.args[1] not in (2, -3):
+        return None
+    x, wide, flat = meta.tensor(narrow.args[0]), meta.tensor(expand), meta.tensor(node)
+    if x.dim() != 4 or flat.dim() != 4 or not isinstance(x.shape[1], int) or not isinstance(wide.shape[2], int):
+        return None
+    same = all(meta.same_size(x.shape[i], flat.shape[i]) for i in (0, 2, 3)) and flat.shape[1] == x.shape[1] * wide.shape[2]
+    return narrow.args[0] if same else None
