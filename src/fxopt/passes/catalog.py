@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fxopt.passes.base import Pass
 from fxopt.passes.canonicalize import Canonicalize
+from fxopt.passes.causal import Causal
 from fxopt.passes.dead_code import DeadCode
 from fxopt.passes.fuse import Fuse
 from fxopt.passes.lora import Lora
@@ -13,6 +14,7 @@ from fxopt.passes.remat import Remat
 
 PASSES: tuple[type[Pass], ...] = (
     Canonicalize,
+    Causal,
     Lora,
     Quantize,
     Fuse,
