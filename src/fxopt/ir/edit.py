@@ -267,6 +267,8 @@ class Edit:
 
     def _stamp(self, node: fx.Node, like: fx.Node) -> None:
         was = meta.provenance(like)
+        if "custom" in like.meta:  # the mark of a checkpointed region
+            node.meta["custom"] = like.meta["custom"]
         node.meta[meta.PROVENANCE] = meta.Provenance(was.path, was.stack, was.source, was.code,
                                                      (*[p for p in was.passes if p != self.by], self.by), was.checkpoint)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+import torch.fx.traceback as fx_traceback
 from torch._functorch import aot_autograd
 
 from fxopt.errors import LowerError
@@ -77,7 +78,7 @@ def trace(region: Region, requires_grad: Sequence[bool], fake_mode: Any, *, only
     args = region_examples(region, requires_grad, fake_mode)
     place = region.path or "<outside the blocks>"
     try:
-        with contextlib.ExitStack() as stack, warnings.catch_warnings(), torch.enable_grad():
+        with contextlib.ExitStack() as stack, warnings.catch_warnings(), torch.enable_grad(), fx_traceback.preserve_node_meta():
             warnings.simplefilter("ignore")
             traced = aot_autograd.aot_export_joint_with_descriptors(stack, module, tuple(args))
     except Exception as error:

@@ -106,7 +106,7 @@ def split(joint: Joint, policy: Policy) -> Split:
     twice = [n for n in classes.forward if n.op == "call_function" and n.name in names and n not in saved]
     recomputed = tuple(n.name for n in twice)
     delay(backward, set(recomputed))
-    again = [n.name for n in twice if random(n) or heavy(n)]
+    again = [n.name for n in twice if random(n) or (heavy(n) and not checkpointed(n, classes))]
     if again:
         raise LowerError(f"the backward would run {again[0]} a second time", do="this is a defect of the partitioner: report it")
     return Split(_module(joint, forward), _module(joint, backward), len(outputs), tuple(n.name for n in saved),
@@ -137,14 +137,32 @@ def _hint(size: Any) -> int:
     return int(hint) if hint is not None else 4096
 
 
+def checkpointed(node: fx.Node, classes: Classes) -> bool:
+    """Whether the node is inside a region that the user checkpointed: it is computed again, never saved.
+
+    What leaves the region is an ordinary value; random operations are saved nevertheless.
+    """
+    mark = _mark(node)
+    source = node.args[0] if node.target is operator.getitem else node
+    if mark is None or random(source):
+        return False
+    return all(_mark(user) == mark for user in node.users if user not in classes.backward and user.op == "call_function")
+
+
+def _mark(node: fx.Node) -> Any:
+    return (node.meta.get("custom") or {}).get("checkpoint")
+
+
 def save_all(joint: Joint, classes: Classes) -> list[fx.Node]:
     """Save what the backward reads, as eager autograd does. Views are taken again from what they view."""
     saved: dict[fx.Node, None] = {}
+    seen: set[fx.Node] = set()
 
     def need(node: fx.Node) -> None:
-        if node.op == "get_attr":
+        if node.op == "get_attr" or node in seen:
             return
-        if is_view(node) and node not in classes.backward:
+        seen.add(node)
+        if (is_view(node) and node not in classes.backward) or (node.op == "call_function" and checkpointed(node, classes)):
             for source in node.all_input_nodes:
                 need(source)
         elif node.op == "call_function" and node not in classes.forward:
@@ -224,6 +242,8 @@ def min_cut(joint: Joint, classes: Classes) -> list[fx.Node]:
             return 0.5  # sizes
         if node in alive:
             return 1.0
+        if node.op == "call_function" and checkpointed(node, classes):
+            return infinite
         return max(_bytes(node), 1) * (1.01 if is_view(node) else 1.0)
 
     # state, and inputs without a gradient (masks, rotary tables: shared by all blocks), are alive anyway
@@ -232,7 +252,7 @@ def min_cut(joint: Joint, classes: Classes) -> list[fx.Node]:
     for node in candidates:
         sized[node] = weight(node)
         graph.add_edge((node, "in"), (node, "out"), capacity=sized[node])
-        fixed = node.op == "placeholder" or random(node) or heavy(node)
+        fixed = node.op == "placeholder" or random(node) or (heavy(node) and not checkpointed(node, classes))
         if fixed:
             if isinstance(meta.value(node), (tuple, list)):
                 for user in node.users:

@@ -20,6 +20,7 @@ import torch.fx as fx
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import CallError, CheckError
+from fxopt.ir import text as texts
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,10 @@ class Program:
     def replace(self, **changes: Any) -> Program:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def text(self, *, fold: bool = False) -> str:
+        """The program as text that reads like Python. `fold` prints equal repeated blocks once."""
+        return texts.text(self, fold=fold)
 
     @property
     def nodes(self) -> list[fx.Node]:

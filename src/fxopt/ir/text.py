@@ -11,14 +11,16 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx as fx
 from torch.utils import _pytree as pytree
 
 from fxopt.ir import meta
-from fxopt.ir.program import Program
+
+if TYPE_CHECKING:  # a Program prints itself with this module
+    from fxopt.ir.program import Program
 
 COLUMN = 76  # comments start here, so that a changed comment does not move its neighbours
 _SYMBOL = re.compile(r"\b([su])(\d+)\b")

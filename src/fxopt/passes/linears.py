@@ -64,7 +64,7 @@ def _untransposed(weight: Any) -> tuple[Any, bool]:
     """(the parameter, whether the product reads it as [in, out])."""
     if isinstance(weight, fx.Node) and weight.op == "call_function":
         swaps = weight.target is aten.t.default or (weight.target is aten.transpose.int and {a % 2 for a in weight.args[1:]} == {0, 1})
-        swaps = swaps or (weight.target is aten.numpy_T.default) or (weight.target is aten.permute.default and list(weight.args[1]) == [1, 0])
+        swaps = swaps or weight.target is aten.numpy_T.default or (weight.target is aten.permute.default and list(weight.args[1]) == [1, 0])
         if swaps:
             return weight.args[0], False
     return weight, True
@@ -121,6 +121,19 @@ def head(edit: Edit, linears: list[Linear], products: Iterable[fx.Node] = ()) ->
             reached.add(node)
             stack.extend(node.all_input_nodes)
     return None if rest & reached else last.name
+
+
+def cast(edit: Edit, node: fx.Node | None, dtype: torch.dtype, like: fx.Node) -> fx.Node | None:
+    """The node's value in a dtype. Needed where the program was captured under autocast, which casts inside the linear."""
+    found = meta.tensor(node)
+    if node is None or found is None or found.dtype == dtype:
+        return node
+    return edit.call(aten.to.dtype, (node, dtype), like=like)
+
+
+def uncast(node: fx.Node) -> fx.Node:
+    """What a cast node casts."""
+    return uncast(node.args[0]) if node.op == "call_function" and node.target is aten.to.dtype else node
 
 
 def module_of(name: str) -> tuple[str, str]:

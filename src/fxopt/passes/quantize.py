@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 import torch.fx as fx
 
+from fxopt.ir import meta
 from fxopt.ir.edit import Edit, rule_here
 from fxopt.ir.facts import Stored
 from fxopt.ir.program import Made, Slot
@@ -50,7 +51,7 @@ class Quantize(Pass):
             uses.setdefault(linear.name, []).append(linear)
         for node in products:
             if node.args[3] is None:  # its base is dense
-                uses.setdefault(str(node.args[1].target), []).append(node)
+                uses.setdefault(str(linears.uncast(node.args[1]).target), []).append(node)
         head = None if self.head else linears.head(edit, found, products)
         for name, users in uses.items():
             first = users[0].node if isinstance(users[0], linears.Linear) else users[0]
@@ -81,6 +82,8 @@ class Quantize(Pass):
         return None
 
     def _rewrite(self, edit: Edit, name: str, user: linears.Linear | fx.Node) -> None:
+        if isinstance(user, linears.Linear):
+            user = linears.read(user.node) or user  # its input may have been an earlier linear, and be another node now
         node = user.node if isinstance(user, linears.Linear) else user
         slot = edit.slots[name]
         n = slot.shape[0] * slot.shape[1]
@@ -91,7 +94,8 @@ class Quantize(Pass):
                                                          ("absmax", (-(-n // nf4.BLOCK),), torch.float32))))
         shape = list(slot.shape)
         if isinstance(user, linears.Linear):
-            new = edit.call(LINEAR_NF4.forward.overload, (user.x, packed, absmax, shape, user.bias, user.transposed), like=node)
+            x, bias = (linears.cast(edit, n, meta.tensor(node).dtype, node) for n in (user.x, user.bias))
+            new = edit.call(LINEAR_NF4.forward.overload, (x, packed, absmax, shape, bias, user.transposed), like=node)
         else:
             x, _, bias, _, _, a, b, scale, transposed = node.args
             new = edit.call(LORA_LINEAR.forward.overload, (x, packed, bias, absmax, shape, a, b, scale, transposed), like=node)

@@ -51,9 +51,9 @@ class RegionRunner:
     def __deepcopy__(self, memo: dict[int, Any]) -> RegionRunner:
         return self
 
-    def compile(self, requires_grad: tuple[bool, ...]) -> Compiled:
-        """The graphs for arguments of which these require a gradient."""
-        key = requires_grad, self.quiet
+    def compile(self, requires_grad: tuple[bool, ...], autocast: torch.dtype | None) -> Compiled:
+        """The graphs for arguments of which these require a gradient, traced under the caller's autocast state."""
+        key = requires_grad, self.quiet, autocast
         found = self.compiled.get(key)
         if found is None:
             only = [i for i in range(len(self.region.outputs)) if i not in self.quiet] if self.quiet else None
@@ -64,14 +64,14 @@ class RegionRunner:
     def __call__(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """The region's outputs. `args` are its inputs and state, in order."""
         requires_grad = tuple(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
-        plain = contextlib.nullcontext()
+        if not torch.is_grad_enabled() or not any(requires_grad):
+            return self._infer(args)
         device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
-        if torch.is_autocast_enabled(device):  # the graph holds its casts already
-            plain = torch.autocast(device, enabled=False)
-        with plain:
-            if not torch.is_grad_enabled() or not any(requires_grad):
-                return self._infer(args)
-            out = _RegionFunction.apply(self, self.compile(requires_grad), *args)
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        compiled = self.compile(requires_grad, autocast)
+        # a joint graph holds its casts: running it under autocast would cast again
+        with torch.autocast(device, enabled=False) if autocast is not None else contextlib.nullcontext():
+            out = _RegionFunction.apply(self, compiled, *args)
         return out if isinstance(out, tuple) else (out,)
 
     def _infer(self, args: Sequence[Any]) -> tuple[Any, ...]:

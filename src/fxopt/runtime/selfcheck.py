@@ -69,11 +69,28 @@ def step(model: nn.Module, run: Callable[[], Any], inputs: Sequence[torch.Tensor
         floats = [o for o in outputs if isinstance(o, torch.Tensor) and o.is_floating_point() and o.requires_grad]
         if torch.is_grad_enabled() and floats and chosen:
             losses = [o for o in floats if o.dim() == 0] or [_projected(o) for o in floats]
-            grads = torch.autograd.grad(torch.stack([x.double() for x in losses]).sum(), [p for _, p in chosen], allow_unused=True)
-            gradients = dict(zip(gradients, grads))
+            gradients = dict(zip(gradients, _gradients(torch.stack([x.double() for x in losses]).sum(), [p for _, p in chosen])))
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
         plain = [o.detach().clone() if isinstance(o, torch.Tensor) else o for o in outputs]
     return Step(plain, gradients, buffers)
+
+
+def _gradients(total: torch.Tensor, wanted: list[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Gradients without touching `.grad`; a reentrant checkpoint allows only `backward`, so there `.grad` is put aside."""
+    try:
+        return list(torch.autograd.grad(total, wanted, allow_unused=True, retain_graph=True))
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+    kept = [t.grad for t in wanted]
+    try:
+        for t in wanted:
+            t.grad = None
+        total.backward()
+        return [t.grad for t in wanted]
+    finally:
+        for t, grad in zip(wanted, kept):
+            t.grad = grad
 
 
 def _projected(output: torch.Tensor) -> torch.Tensor:

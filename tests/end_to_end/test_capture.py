@@ -1,0 +1,166 @@
+"""What torch.export alone gets wrong or cannot do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import fxopt
+from fxopt.errors import CaptureError
+from fxopt.ir import torch_patches
+from fxopt.runtime import selfcheck
+from tests.models import Block, llama, tokens
+
+
+class Straight(torch.autograd.Function):
+    """Rounding with a straight-through, doubled gradient: no tracer can guess it from the forward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+class Scaled(torch.autograd.Function):
+    """Two outputs, a constant argument, and a saved tensor."""
+
+    @staticmethod
+    def forward(ctx, x, factor, y):
+        ctx.save_for_backward(x, y)
+        ctx.factor = factor
+        return x * factor + y, y * 3
+
+    @staticmethod
+    def backward(ctx, first, second):
+        x, y = ctx.saved_tensors
+        return first * ctx.factor * 1.5, None, first + second * y.sign()
+
+
+class UsesFunctions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = Straight.apply(self.a(x) * 3)
+        u, v = Scaled.apply(h, 0.7, self.b(x))
+        return (u * v).sum()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(16, 2) for _ in range(3))
+        self.reentrant, self.dropout = reentrant, dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.reentrant)
+            x = F.dropout(x, self.dropout, self.training)
+        return x.pow(2).mean()
+
+
+def gradients(model: nn.Module, run, *args: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    torch.manual_seed(0)
+    run(*args).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("passes", ["dead_code", "remat", str(fxopt.presets.exact())])
+def test_user_functions_keep_their_backward(passes: str) -> None:
+    torch.manual_seed(0)
+    model, x = UsesFunctions(), torch.randn(4, 6)
+    opt = fxopt.optimize(model, passes)
+    mine, theirs = gradients(model, opt, x), gradients(model, model, x)
+    assert mine.keys() == theirs.keys() and len(mine) == 4
+    for name in mine:
+        assert torch.allclose(mine[name], theirs[name], rtol=1e-5), name
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("passes", ["dead_code", "remat"])
+def test_checkpointed_models_train(reentrant: bool, passes: str) -> None:
+    torch.manual_seed(0)
+    model, x = Checkpointed(reentrant, 0.2), torch.randn(2, 5, 16, requires_grad=True)
+    opt = fxopt.optimize(model, passes)
+    mine, theirs = gradients(model, opt, x), gradients(model, model, x)
+    assert mine.keys() == theirs.keys() and len(mine) == sum(1 for _ in model.parameters())
+    for name in mine:
+        assert torch.allclose(mine[name], theirs[name], rtol=1e-4, atol=1e-7), name
+
+
+def test_a_checkpointed_block_saves_little() -> None:
+    """What the user checkpoints stays checkpointed: only the block's inputs are kept."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 16, requires_grad=True)
+    saved = {}
+    for kind, model in (("plain", nn.Sequential(*(Block(16, 2) for _ in range(3)))), ("checkpointed", Checkpointed(False))):
+        opt = fxopt.optimize(model, "dead_code", inputs=(x,))
+        opt(x).sum().backward()
+        found = [c.split.saved_bytes for r in opt.dispatcher.runners.values() if r.region.path for c in r.compiled.values()]
+        saved[kind] = max(found)
+    assert saved["checkpointed"] * 10 < saved["plain"]
+
+
+def test_patches_are_undone_also_after_an_error() -> None:
+    before = torch.autograd.Function.__dict__["apply"], torch.utils.checkpoint.CheckpointFunction
+    with pytest.raises(ZeroDivisionError), torch_patches.for_capture():
+        1 / 0
+    assert (torch.autograd.Function.__dict__["apply"], torch.utils.checkpoint.CheckpointFunction) == before
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), Picky())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x).sum()
+
+
+class Picky(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > 0:  # the line that the error must name
+            return x * 2
+        return x
+
+
+def test_a_failed_capture_names_the_module_the_line_and_the_cure() -> None:
+    with pytest.raises(CaptureError) as caught:
+        fxopt.optimize(Branches(), inputs=(torch.randn(2, 4),))
+    text = str(caught.value)
+    assert "inner.1" in text and "if x.sum() > 0" in text and "torch.where" in text and "test_capture.py" in text
+    assert torch.is_grad_enabled()
+
+
+def test_the_self_check_refuses_a_wrong_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break the capture on purpose: lose the user's backward, as plain torch.export does."""
+    monkeypatch.setattr(torch_patches, "keep_autograd_functions", torch_patches.contextlib.nullcontext)
+    with pytest.raises(CaptureError, match="not equal to the model") as caught:
+        fxopt.optimize(UsesFunctions(), "dead_code", inputs=(torch.randn(4, 6),))
+    assert "a.weight" in str(caught.value) or "b.weight" in str(caught.value) or "bias" in str(caught.value)
+
+
+def test_the_self_check_restores_everything() -> None:
+    model = llama()
+    state, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.random.get_rng_state()
+    fxopt.optimize(model, inputs=tokens())
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
+    assert torch.equal(rng, torch.random.get_rng_state()) and all(p.grad is None for p in model.parameters())
+
+
+def test_the_comparison_can_fail() -> None:
+    model = nn.Linear(3, 3)
+    x = torch.randn(2, 3)
+    good = selfcheck.step(model, lambda: model(x), (x,), 0)
+    for wrong in (lambda: model(x) * 1.01, lambda: model(x.flip(0)), lambda: F.linear(x, model.weight.detach(), model.bias),
+                  lambda: F.linear(x, model.weight)):
+        with pytest.raises(CaptureError):
+            selfcheck.compare(model, good, selfcheck.step(model, wrong, (x,), 0), "the graph")
