@@ -97,14 +97,15 @@ def failures(op: FusedOp, case: Case, candidate=None) -> list[str]:
         if isinstance(arg, torch.Tensor) and not same_bits(old, arg)
     ]
     truth, errors = run(op.reference, case, tuple(map(in_fp64, case.args))), eager_errors(op, case)
+    plain = run(op.reference, case, case.args)
     for kind in KINDS:
         for place, (mine, true) in enumerate(zip(getattr(got, kind), getattr(truth, kind), strict=True)):
             label = f"{kind[:-1]} {place}"
             if (mine is None) != (true is None):
                 wrong.append(f"{label} is {'missing' if mine is None else 'there, but was not asked for'}")
             elif mine is not None:
-                if kind == "grads" and mine.dtype != case.args[place].dtype:
-                    wrong.append(f"{label} is {mine.dtype}")
+                if mine.dtype != (expected := getattr(plain, kind)[place].dtype):
+                    wrong.append(f"{label} is {mine.dtype}, not {expected}")
                 over = excess(mine, true, errors[kind, place])
                 if over > 0:
                     wrong.append(f"{label} is off by {over:.3g} more than allowed")

@@ -22,14 +22,14 @@ every_op = pytest.mark.parametrize("op", CATALOG, ids=lambda op: op.name)
 differentiable_op = pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
 
 
-def on_cases(op, check, examples, accept=lambda case: True):
+def on_cases(op, check, examples, accept=lambda case: True, phases=(Phase.generate, Phase.shrink)):
     """Run check on drawn cases; the same ones in every run."""
     options = settings(
         max_examples=examples,
         derandomize=True,
         deadline=None,
         database=None,
-        phases=(Phase.generate, Phase.shrink),
+        phases=phases,
         suppress_health_check=tuple(HealthCheck),
     )
     options(given(CASES[op.name]().filter(accept))(check))()

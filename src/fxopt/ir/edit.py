@@ -356,9 +356,10 @@ def random(node: fx.Node) -> bool:
         return isinstance(target, torch._ops.HigherOrderOperator)
     if target is torch.ops.aten.dropout.default:
         return bool(node.args[2]) and node.args[1] != 0
-    if target is torch.ops.aten.scaled_dot_product_attention.default:
-        p = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return p != 0.0
+    for index, argument in enumerate(target._schema.arguments):
+        if argument.name == "dropout_p":  # attention draws random numbers only if it drops something
+            given = node.args[index] if index < len(node.args) else node.kwargs.get("dropout_p", argument.default_value)
+            return given != 0.0
     return _RANDOM in target.tags
 
 

@@ -4,8 +4,8 @@ The oracle compares with the truth, the fp64 reference, not with another rounded
 
     error of candidate <= EAGER * error of eager + ULPS * ulp of the result
 
-"Eager" is the reference in the candidate's own dtype or in fp32, whichever errs more, as in Wijmans et al., 2024,
-https://arxiv.org/abs/2411.09009. Its error is the maximum over the tensor (rounding errors are not
+"Eager" is the reference in the candidate's own dtype or in fp32, whichever errs more, as in Wijmans
+et al., 2024, https://arxiv.org/abs/2411.09009. Its error is the maximum over the tensor (rounding errors are not
 paired element by element) and over the case and `NEARBY` others whose inputs differ by up to
 `STEP`: on one row or one column eager is now and then exact by luck, and cancellation hides it.
 An fp64 candidate is as exact as the truth; there the error of eager is taken in fp32 and scaled.
@@ -59,9 +59,18 @@ def excess(candidate: torch.Tensor, truth: torch.Tensor, error: float) -> float:
     worst = ((candidate - truth).abs() - ULPS * unit * truth.abs()).max() - EAGER * error
     return float("inf") if worst.isnan() else float(worst)
 
-# A captured step against the original one, relative error of each tensor in the Frobenius norm. Other orders of the same
-# sums are around 1e-6 in fp32 (measured over 268 models: 233 bitwise, the rest <= 1.0e-5); a lost term is around 1.
-SELF_CHECK = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-4, torch.complex64: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
-# A gradient that is smaller than this part of the largest one is rounding (a bias in front of a batch norm: zero in exact
-# arithmetic), and is measured against this part.
+
+# A captured step against the original one, relative error of each tensor in the Frobenius norm.
+# Other orders of the same sums are around 1e-6 in fp32 (measured over 268 models: 233 bitwise, the
+# rest <= 1.0e-5); a lost term is around 1.
+SELF_CHECK = {
+    torch.float64: 1e-9,
+    torch.complex128: 1e-9,
+    torch.float32: 1e-4,
+    torch.complex64: 1e-4,
+    torch.bfloat16: 1e-1,
+    torch.float16: 2e-2,
+}
+# A gradient that is smaller than this part of the largest one is rounding (a bias in front of a
+# batch norm: zero in exact arithmetic), and is measured against this part.
 SELF_CHECK_FLOOR = 1e-3

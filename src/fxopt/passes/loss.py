@@ -76,7 +76,7 @@ class Loss(Pass):
             return "the model returns the logits, and they are to be kept"
         dtype = meta.tensor(head.linear).dtype  # under autocast this is not the inputs' dtype: cast as autocast does
         hidden, weight, bias = (_cast(edit, x, dtype, loss) for x in (head.rows(edit, loss), head.weight, head.bias))
-        mask = [training and edit.source.training for training in (_trains(edit, head.hidden), _trains(edit, head.weight), _trains(edit, head.bias))]
+        mask = [trains and edit.source.grad for trains in (_trains(edit, head.hidden), _trains(edit, head.weight), _trains(edit, head.bias))]
         call = edit.call(linear_cross_entropy.overload, (
             hidden, weight, bias, target, given.get("ignore_index", -100), _REDUCTIONS[given.get("reduction", 1)],
             given.get("label_smoothing", 0.0), head.softcap, head.scale, self.chunk, mask), like=loss)

@@ -227,7 +227,7 @@ def apply(pass_: Pass, program: Program) -> Program:
     try:
         after = edit.finish(pass_.text(), ms)
     except RuntimeError as error:
-        raise PassError(f"{pass_} made an invalid graph: {error}", do="this is a bug of the pass") from error
+        raise PassError(f"{pass_} made an invalid graph: {str(error).splitlines()[0]}", do="this is a bug of the pass") from error
     promises.check(pass_, program, after)
     return after
 

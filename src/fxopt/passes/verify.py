@@ -2,14 +2,14 @@
 
 How much may two runs differ that are equal in exact arithmetic? That depends on the program: the gradient of a bias in
 front of a batch norm is zero, and what a run shows of it is rounding alone. So the allowed error is measured. The program
-runs in fp64 (the truth), and in fp64 with every operation's result, and every gradient on the way back, moved by one
-rounding of the operation's own dtype in a random direction. What these runs are off by, and what the program itself is
+runs in fp64 (the truth), and in fp64 with every operation's result, and every gradient on the way back, moved by a
+rounding or two of the operation's own dtype in a random direction. What these runs are off by, and what the program itself is
 off by, is what rounding can do here; a pass may be off by a small factor of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,8 @@ from fxopt.kernels import tolerance
 from fxopt.passes.base import Pass
 
 SEED = 0
-NOISY_RUNS = 3
+NOISY_RUNS = 4
+ROUNDINGS = 2  # how many roundings of its own dtype one operation's result is moved by: a sum inside it has more than one
 _LOW = {torch.float16, torch.bfloat16, torch.float32}
 # Operations whose draws do not depend on the dtype: the same seed gives an fp64 run the same mask.
 _SAME_DRAWS = {torch.ops.aten.dropout.default, torch.ops.aten.scaled_dot_product_attention.default}
@@ -85,7 +86,7 @@ class _Run(fx.Interpreter):
 
     def rounded(self, out: Any, fake: Any) -> Any:
         if isinstance(out, torch.Tensor) and out.dtype is torch.float64 and isinstance(fake, torch.Tensor) and fake.dtype in _LOW:
-            return _Rounded.apply(out, torch.finfo(fake.dtype).eps, self.noise)
+            return _Rounded.apply(out, ROUNDINGS * torch.finfo(fake.dtype).eps, self.noise)
         return out
 
     def run_exactly(self, n: fx.Node) -> Any:
@@ -208,36 +209,68 @@ def check(pass_: Pass, before: Program, after: Program, inputs: Sequence[torch.T
         return f"values compared: {len(shared)} tensors bitwise equal"
     draws.replay = True
     truth = values(before, inputs, state, double=True, draws=draws)
-    noisy = [values(before, inputs, state, double=True, draws=draws, noise=SEED + i) for i in range(NOISY_RUNS)]
-    worst, at = 0.0, ""
-    for name in shared:
-        ratio = excess(new[name], truth[name], [old[name], *(run[name] for run in noisy)])
-        if not ratio <= 1.0:
-            raise CheckError(f"{name} differs: {_difference(old[name], new[name])}, {ratio:.3g} times what rounding explains",
-                             where=f"after {pass_}", do=f"this is a bug of {pass_.name}, or its promise should be 'bounded'")
-        if ratio >= worst:
-            worst, at = ratio, name
-    return f"values compared: {len(shared)} tensors, worst {at} at {worst:.2g} of the allowed error"
+    spread: dict[str, float] = {}
+    ratios: dict[str, float] = {}
+    # one run is now and then exact by luck: before a pass is blamed, see what rounding can do, by ever more runs
+    for errors in _rounding(before, inputs, state, old, truth, draws):
+        for name, error in errors.items():
+            spread[name] = max(spread.get(name, 0.0), error)
+        ratios = {name: excess(new[name], old[name], truth[name], spread[name]) for name in shared}
+        if all(ratio <= 1.0 for ratio in ratios.values()):
+            break
+    name = max(ratios, key=lambda name: (ratios[name] != ratios[name], ratios[name]), default="")
+    if name and not ratios[name] <= 1.0:
+        raise CheckError(f"{name} differs: {_difference(old[name], new[name])}, {ratios[name]:.3g} times what rounding explains",
+                         where=f"after {pass_}", do=f"this is a bug of {pass_.name}, or its promise should be 'bounded'")
+    return f"values compared: {len(shared)} tensors" + (f", worst {name} at {ratios[name]:.2g} of the allowed error" if name else "")
 
 
-def excess(got: torch.Tensor, truth: torch.Tensor, peers: Sequence[torch.Tensor]) -> float:
-    """The largest error of `got` against `truth`, as a multiple of the allowed one (`kernels.tolerance`, with `peers` for eager).
+def _rounding(program: Program, inputs: Sequence[torch.Tensor], state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor],
+              truth: Mapping[str, torch.Tensor], draws: Draws) -> Iterator[dict[str, float]]:
+    """How far from fp64 the program's values are by rounding alone: its own, those with noise, those on nearby inputs and state."""
+    yield {name: _error(own[name], truth[name]) for name in own}
+    for i in range(NOISY_RUNS):
+        noisy = values(program, inputs, state, double=True, draws=draws, noise=SEED + i)
+        yield {name: _error(noisy[name], truth[name]) for name in own}
+    generator = torch.Generator().manual_seed(SEED)
 
-    Integers must be equal to those of the first peer, and not-finite elements must be where its are.
+    def near(value: torch.Tensor) -> torch.Tensor:
+        if value.dtype not in _LOW:
+            return value
+        return tolerance.nearby(value.detach().cpu(), generator).to(value.device).requires_grad_(value.requires_grad)
+
+    for _ in range(tolerance.NEARBY):
+        moved, held = [near(value) for value in inputs], {name: near(value) for name, value in state.items()}
+        eager, exact = values(program, moved, held), values(program, moved, held, double=True, draws=draws)
+        yield {name: _error(eager[name], exact[name]) for name in eager.keys() & exact.keys()}
+
+
+def _error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    """The largest finite difference; 0 for tensors that hold no floats."""
+    if value.shape != truth.shape or not (value.is_floating_point() or value.is_complex()):
+        return 0.0
+    error = (upcast(value) - upcast(truth)).abs()
+    error = error[error.isfinite()]
+    return float(error.max()) if error.numel() else 0.0
+
+
+def excess(got: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, spread: float) -> float:
+    """The largest error of `got` against `truth`, as a multiple of the allowed one (`kernels.tolerance`, `spread` for eager's error).
+
+    Integers must be equal to eager's, and elements that are not finite must be where eager's are.
     """
-    if got.shape != truth.shape:
+    if got.shape != eager.shape or got.dtype != eager.dtype:
         return float("inf")
     if got.numel() == 0:
         return 0.0
     if not (got.is_floating_point() or got.is_complex()):
-        return 0.0 if torch.equal(got, peers[0]) else float("inf")
-    finite = peers[0].isfinite()
-    if got.dtype != peers[0].dtype or not torch.equal(finite, got.isfinite()):
+        return 0.0 if torch.equal(got, eager) else float("inf")
+    finite = eager.isfinite()
+    if not torch.equal(finite, got.isfinite()):
         return float("inf")
     exact = upcast(truth)[finite]
     if exact.numel() == 0:
         return 0.0
-    spread = max(float((upcast(peer)[finite] - exact).abs().max()) for peer in peers)
     unit = torch.finfo(got.dtype)
     allowed = tolerance.EAGER * spread + tolerance.ULPS * unit.eps * exact.abs() + unit.tiny
     return float(((upcast(got)[finite] - exact).abs() / allowed).max())

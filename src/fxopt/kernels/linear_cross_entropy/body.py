@@ -27,7 +27,10 @@ def _check(hidden, weight, target, reduction):
         hidden.shape[:-1] == target.shape,
         lambda: f"hidden {tuple(hidden.shape)} needs one target a row, not {tuple(target.shape)}",
     )
-    torch._check(hidden.shape[-1] == weight.shape[1], lambda: f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}")
+    torch._check(
+        hidden.shape[-1] == weight.shape[1],
+        lambda: f"hidden {tuple(hidden.shape)} does not fit a head of {tuple(weight.shape)}",
+    )
 
 
 def kept_now(reduction, grad_mask):
@@ -83,7 +86,8 @@ def forward_fake(
 ):
     _check(hidden, weight, target, reduction)
     mask = kept_now(reduction, grad_mask)
-    gradients = (part.new_empty(part.shape) if on else None for part, on in zip((hidden, weight, bias), mask, strict=True))
+    parts = zip((hidden, weight, bias), mask, strict=True)
+    gradients = [part.new_empty(part.shape) if on else None for part, on in parts]
     shape = target.shape if reduction == "none" else ()
     return hidden.new_empty(shape, dtype=wide(hidden.dtype)), target.new_empty(()), *gradients
 

@@ -32,7 +32,8 @@ def _check(packed, absmax, shape):
             do="undo a nested quantization of the scales first",
         )
     torch._check(packed.numel() == (count + 1) // 2, lambda: f"{packed.numel()} bytes for {count} elements")
-    torch._check(absmax.numel() == (count + BLOCK - 1) // BLOCK, lambda: f"{absmax.numel()} scales for {count} elements")
+    scales = (count + BLOCK - 1) // BLOCK
+    torch._check(absmax.numel() == scales, lambda: f"{absmax.numel()} scales for {count} elements")
     return count
 
 

@@ -55,20 +55,22 @@ def parse_quant_state(tensor: torch.Tensor, where: str | None = None) -> QuantSt
         DataError: not JSON, a missing or wrong field, another quantization type or block size.
     """
     if tensor.dtype != torch.uint8 or tensor.dim() != 1:
-        raise DataError(f"an NF4 state must be a flat uint8 tensor, not {tensor.dtype} {tuple(tensor.shape)}", where=where)
+        found = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise DataError(f"an NF4 state must be a flat uint8 tensor, not {found}", where=where)
     try:
         fields = json.loads(bytes(tensor.tolist()))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"an NF4 state is not JSON: {error}", where=where) from error
     if not isinstance(fields, dict):
         raise DataError("an NF4 state is not a JSON object", where=where)
     for key, expected in (("quant_type", "nf4"), ("blocksize", BLOCK)):
         if fields.get(key) != expected:
-            raise DataError(f"{key} is {fields.get(key)!r}, not {expected!r}", where=where, do="quantize this weight again")
+            found = fields.get(key)
+            raise DataError(f"{key} is {found!r}, not {expected!r}", where=where, do="quantize this weight again")
     shape, dtype = fields.get("shape"), fields.get("dtype")
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         raise DataError(f"shape is {shape!r}, not a list of sizes", where=where)
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise DataError(f"dtype is {dtype!r}, not one of {', '.join(_DTYPES)}", where=where)
     nested = fields.get("nested_blocksize"), fields.get("nested_offset")
     if (nested[0] is None) != (nested[1] is None):

@@ -103,6 +103,10 @@ def _native_no_weight(x, *, eps, width):
     return F.rms_norm(x, (width,), None, eps)
 
 
+def _native_default_eps(x, weight, *, width):
+    return F.rms_norm(x, (width,), weight)
+
+
 def _check(bound):
     x, weight = bound["x"], bound.get("weight")
     if not x.dtype.is_floating_point:
@@ -114,9 +118,14 @@ def _check(bound):
     return None
 
 
-def _pattern(fn, casting, dtype, offset=0.0, weight=True):
+def _check_default_eps(bound):
+    # The default is the epsilon of the dtype; the constant below is that of fp32.
+    return _check(bound) or (None if bound["x"].dtype == torch.float32 else f"x is {bound['x'].dtype}")
+
+
+def _pattern(fn, casting, dtype, offset=0.0, weight=True, eps=None):
     name = fn.__name__.lstrip("_") + ("" if dtype == torch.float32 else "_low")
-    scalars = {"eps": 0.0123} | ({"width": 22} if fn.__name__.startswith("_native") else {})
+    scalars = ({} if eps else {"eps": 0.0123}) | ({"width": 22} if fn.__name__.startswith("_native") else {})
     return Pattern(
         name=name,
         fn=fn,
@@ -125,11 +134,11 @@ def _pattern(fn, casting, dtype, offset=0.0, weight=True):
         arguments={
             "x": Bind("x"),
             "weight": Bind("weight") if weight else None,
-            "eps": Bind("eps"),
+            "eps": eps or Bind("eps"),
             "offset": offset,
             "casting": casting,
         },
-        check=_check,
+        check=_check_default_eps if eps else _check,
     )
 
 
@@ -152,4 +161,5 @@ PATTERNS = (
     *_both(_power_no_weight, "scale_then_cast", weight=False),
     _pattern(_native, "scale_then_cast", torch.float32),
     _pattern(_native_no_weight, "scale_then_cast", torch.float32, weight=False),
+    _pattern(_native_default_eps, "scale_then_cast", torch.float32, eps=torch.finfo(torch.float32).eps),
 )

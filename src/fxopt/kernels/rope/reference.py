@@ -44,6 +44,9 @@ def _rotate_pairs(x):
     return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
 
 
+_LOW = torch.bfloat16
+
+
 def _half(x, cos, sin, *, half):
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
@@ -112,9 +115,9 @@ def _check_half(bound):
 
 
 def _pattern(fn, interleaved, half_tables, dtype=torch.float32, table=torch.float32, scalar=True):
-    width = 11 if half_tables else 22
+    width, low = 11 if half_tables else 22, {torch.float32: "", _LOW: "_low"}
     return Pattern(
-        name=fn.__name__.lstrip("_") + ("" if table == torch.float32 == dtype else f"_{dtype}_{table}".replace("torch.", "")),
+        name=fn.__name__.lstrip("_") + low[dtype] + ("" if table == torch.float32 else "_tables"),
         fn=fn,
         inputs={"x": ((3, 7, 5, 22), dtype), "cos": ((3, 1, 5, width), table), "sin": ((3, 1, 5, width), table)},
         scalars={"half": 11} if scalar else {},
@@ -129,8 +132,6 @@ def _pattern(fn, interleaved, half_tables, dtype=torch.float32, table=torch.floa
         check=_check_half if half_tables else _check_full,
     )
 
-
-_LOW = torch.bfloat16
 
 PATTERNS = (
     _pattern(_half, False, False),
