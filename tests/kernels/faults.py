@@ -1,0 +1,221 @@
+"""Wrong variants of every op, each called like the op. The checker must fail on all of them."""
+
+from __future__ import annotations
+
+import torch
+
+from fxopt.kernels.catalog import CATALOG
+
+OPS = {op.name: op for op in CATALOG}
+
+
+def without_gradient(op, place):
+    """The gradient of one argument is lost."""
+
+    def candidate(*args):
+        args = list(args)
+        args[place] = args[place].detach() if isinstance(args[place], torch.Tensor) else args[place]
+        return op(*args)
+
+    return candidate
+
+
+def with_argument(op, place, change):
+    """One argument is not what the caller gave (an option ignored, an operand scaled)."""
+
+    def candidate(*args):
+        args = list(args)
+        args[place] = change(args[place])
+        return op(*args)
+
+    return candidate
+
+
+def writes_to(op, place):
+    def candidate(*args):
+        out = op(*args)
+        args[place].detach().add_(1)
+        return out
+
+    return candidate
+
+
+def ignores_the_mask(op):
+    """A gradient is produced for what nobody asked a gradient of."""
+
+    def candidate(*args):
+        for arg in args[:2] if op.name == "rope" else args:  # Its tables have no gradient.
+            if isinstance(arg, torch.Tensor) and arg.is_floating_point():
+                arg.requires_grad_()
+        return op(*args)
+
+    return candidate
+
+
+def rounds_to(op, dtype):
+    return lambda *args: tuple(out.to(dtype).to(out.dtype) for out in op(*args))
+
+
+class ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out, change):
+        ctx.change = change
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.change(grad), None
+
+
+def changed_pull(op, change):
+    """Backward starts from another grad_output."""
+    return lambda *args: tuple(ScaledGradient.apply(out, change) for out in op(*args))
+
+
+def _first_row(grad):
+    return grad.reshape(-1)[0].expand(grad.shape) if grad.dim() and grad.numel() else grad
+
+
+def _rms_constant_rstd(x, weight, eps, offset, casting):
+    rstd = torch.rsqrt(x.detach().double().pow(2).mean(-1, keepdim=True) + eps).to(x.dtype)
+    y = x * rstd
+    return (y if weight is None else y * (weight + offset),)
+
+
+def _rms_eps_outside(x, weight, eps, offset, casting):
+    y = x / (x.pow(2).mean(-1, keepdim=True).sqrt() + eps)
+    return (y if weight is None else y * (weight + offset),)
+
+
+def _layer_constant_mean(x, weight, bias, eps):
+    y = (x - x.mean(-1, keepdim=True).detach()) * torch.rsqrt(x.var(-1, keepdim=True, unbiased=False) + eps)
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias,)
+
+
+def _rope_inverse_gradient(q, k, cos, sin, interleaved, half_tables):
+    class Inverse(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return OPS["rope"](x, None, cos, sin, interleaved, half_tables)[0]
+
+        @staticmethod
+        def backward(ctx, grad):
+            return OPS["rope"](grad, None, cos, -sin, interleaved, half_tables)[0]
+
+    return Inverse.apply(q), (q.new_empty(0) if k is None else Inverse.apply(k))
+
+
+def _rope_keys_alone(q, k, cos, sin, interleaved, half_tables):
+    out = OPS["rope"](q, k, cos, sin, interleaved, half_tables)
+    return (out[0], out[1] if k is None else k * 1)
+
+
+def _swap_nibbles(packed):
+    return packed >> 4 | packed << 4
+
+
+def _shift_blocks(absmax):
+    return absmax.roll(1)
+
+
+def _lora_without_scale(*args):
+    return OPS["lora_linear"](*args[:7], 1.0, args[8])
+
+
+def _loss_over_all_rows(*args):
+    (loss,) = OPS["linear_cross_entropy"](*args)
+    count = (args[3] != args[4]).sum()
+    return (loss * count / args[3].numel() if args[5] == "mean" else loss,)
+
+
+def _common(op, place=0):
+    return {
+        "lost gradient": without_gradient(op, place),
+        "gradient of a frozen input": ignores_the_mask(op),
+        "doubled gradient": changed_pull(op, lambda grad: 2 * grad),
+        "grad_output of the first row": changed_pull(op, _first_row),
+        "input written": writes_to(op, place),
+        "rounded to bf16": rounds_to(op, torch.bfloat16),
+    }
+
+
+def _faults():
+    rms, layer, swiglu, geglu, rope = (OPS[name] for name in ("rms_norm", "layer_norm", "swiglu", "geglu", "rope"))
+    nf4, linear, lora, loss = (
+        OPS[name] for name in ("nf4_dequantize", "linear_nf4", "lora_linear", "linear_cross_entropy")
+    )
+    none = lambda value: None  # noqa: E731
+    flip = lambda value: not value  # noqa: E731
+    return {
+        "rms_norm": _common(rms)
+        | {
+            "constant rstd": _rms_constant_rstd,
+            "eps outside the root": _rms_eps_outside,
+            "offset ignored": with_argument(rms, 3, lambda offset: 0.0),
+            "weight ignored": with_argument(rms, 1, none),
+            "weight gradient lost": without_gradient(rms, 1),
+        },
+        "layer_norm": _common(layer)
+        | {
+            "constant mean": _layer_constant_mean,
+            "eps ignored": with_argument(layer, 3, lambda eps: 0.0),
+            "bias ignored": with_argument(layer, 2, none),
+            "weight gradient lost": without_gradient(layer, 1),
+            "bias gradient lost": without_gradient(layer, 2),
+        },
+        "swiglu": _common(swiglu)
+        | {
+            "operands swapped": lambda gate, up: swiglu(up, gate),
+            "sigmoid for silu": lambda gate, up: (torch.sigmoid(gate) * up,),
+            "up gradient lost": without_gradient(swiglu, 1),
+        },
+        "geglu": _common(geglu)
+        | {
+            "operands swapped": lambda gate, up, how: geglu(up, gate, how),
+            "approximation ignored": with_argument(geglu, 2, lambda how: "none"),
+            "up gradient lost": without_gradient(geglu, 1),
+        },
+        "rope": _common(rope)
+        | {
+            "sin negated": with_argument(rope, 3, torch.neg),
+            "inverse for transpose": _rope_inverse_gradient,
+            "other layout": with_argument(rope, 4, flip),
+            "keys not rotated": _rope_keys_alone,
+        },
+        "nf4_dequantize": {
+            "nibbles swapped": with_argument(nf4, 0, _swap_nibbles),
+            "scales of the next block": with_argument(nf4, 1, _shift_blocks),
+            "input written": writes_to(nf4, 1),
+            "rounded to bf16": rounds_to(nf4, torch.bfloat16),
+        },
+        "linear_nf4": _common(linear)
+        | {
+            "bias ignored": with_argument(linear, 4, none),
+            "bias gradient lost": without_gradient(linear, 4),
+            "nibbles swapped": with_argument(linear, 1, _swap_nibbles),
+        },
+        "lora_linear": _common(lora)
+        | {
+            "scale dropped": _lora_without_scale,
+            "gradient of lora_a lost": without_gradient(lora, 5),
+            "gradient of lora_b lost": without_gradient(lora, 6),
+            "weight gradient lost": without_gradient(lora, 1),
+            "bias gradient lost": without_gradient(lora, 2),
+            "bias ignored": with_argument(lora, 2, none),
+        },
+        "linear_cross_entropy": _common(loss)
+        | {
+            "bias ignored": with_argument(loss, 2, none),
+            "ignored rows counted": with_argument(loss, 4, lambda index: -7777),
+            "mean over all rows": _loss_over_all_rows,
+            "label smoothing ignored": with_argument(loss, 6, lambda smoothing: 0.0),
+            "cap ignored": with_argument(loss, 7, lambda cap: 0.0),
+            "logit scale ignored": with_argument(loss, 8, lambda scale: 1.0),
+            "weight gradient lost": without_gradient(loss, 1),
+            "bias gradient lost": without_gradient(loss, 2),
+        },
+    }
+
+
+FAULTS = [(name, label, fault) for name, group in _faults().items() for label, fault in group.items()]

@@ -1,0 +1,104 @@
+"""Every pattern computes what its op computes, and says so completely."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import in_fp64
+
+from fxopt.kernels.catalog import CATALOG
+from fxopt.kernels.tolerance import eager_error, excess
+
+PATTERNS = [(op, pattern) for op in CATALOG for pattern in op.patterns]
+
+every_pattern = pytest.mark.parametrize(
+    ("op", "pattern"), PATTERNS, ids=[f"{op.name}-{pattern.name}" for op, pattern in PATTERNS]
+)
+
+
+def op_args(op, pattern, bound):
+    by_name = pattern.bind(bound)
+    return [by_name[argument.name] for argument in op.overload._schema.arguments]
+
+
+@every_pattern
+def test_the_op_computes_what_the_pattern_computes(op, pattern):
+    torch.manual_seed(0)
+    examples = pattern.examples()
+    plain = pattern.fn(*examples.values(), **pattern.scalars)
+    args = op_args(op, pattern, {**examples, **pattern.scalars})
+    mine = op(*args)[pattern.output]
+    assert mine.dtype == plain.dtype and mine.shape == plain.shape
+    # Wide tables and reciprocals of the same numbers: the truth is the reference in fp64.
+    truth = op.reference(*map(in_fp64, args))[pattern.output]
+    error = max(eager_error(part, truth, plain.dtype) for part in (plain, op.reference(*args)[pattern.output]))
+    assert excess(mine, truth, error) <= 0
+    assert excess(plain, truth, error) <= 0
+
+
+@every_pattern
+def test_the_gradients_agree_too(op, pattern):
+    torch.manual_seed(0)
+
+    values = pattern.examples()
+    if any(value.dtype != torch.float32 for value in values.values()):
+        pytest.skip("the same function as in fp32")
+
+    def gradients(function, dtype):
+        leaves = {name: value.to(dtype, copy=True) for name, value in values.items()}
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name not in ("cos", "sin"))
+        function(leaves).square().sum().backward()
+        return [leaf.grad for leaf in leaves.values()]
+
+    def written(leaves):
+        return pattern.fn(*leaves.values(), **pattern.scalars)
+
+    def called(function):
+        return lambda leaves: function(*op_args(op, pattern, {**leaves, **pattern.scalars}))[pattern.output]
+
+    # The truth is the reference's: the function may say `.to(torch.float32)`.
+    mine = gradients(called(op), torch.float32)
+    plain, eager = gradients(written, torch.float32), gradients(called(op.reference), torch.float32)
+    for place, true in enumerate(gradients(called(op.reference), torch.float64)):
+        assert (mine[place] is None) == (true is None)
+        if true is not None:
+            error = max(eager_error(part[place], true, torch.float32) for part in (plain, eager))
+            assert excess(mine[place], true, error) <= 0
+            assert excess(plain[place], true, error) <= 0
+
+
+@every_pattern
+def test_it_names_every_argument_and_accepts_its_own_example(op, pattern):
+    assert set(pattern.arguments) == {argument.name for argument in op.overload._schema.arguments}
+    assert pattern.check is None or pattern.check({**pattern.examples(), **pattern.scalars}) is None
+
+
+@every_pattern
+def test_its_scalars_are_unmistakable(op, pattern):
+    """A scalar's example value is not a size or a constant of the program, but where it means that."""
+    sizes = {size for shape, _ in pattern.inputs.values() for size in shape[:-1]}
+    for value in pattern.scalars.values():
+        assert value not in sizes and value not in (0, 1, 2, 3, 0.5, -0.5)
+
+
+def test_names_are_unique():
+    for op in CATALOG:
+        names = [pattern.name for pattern in op.patterns]
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("rsqrt_cast_scale", {"weight": torch.ones(3, 1)}, "one value per column"),
+        ("native", {"width": 110}, "last dimension"),
+        ("silu_up", {"up": torch.ones(22)}, "differ"),
+        ("half", {"half": 7}, "middle"),
+        ("half", {"cos": torch.ones(3, 1, 5, 22, requires_grad=True)}, "trained"),
+        ("half_split", {"cos": torch.ones(3, 1, 5, 22), "sin": torch.ones(3, 1, 5, 22)}, "wide"),
+    ],
+)
+def test_a_check_says_why_not(name, change, reason):
+    (pattern,) = (pattern for op, pattern in PATTERNS if pattern.name == name and op.name != "layer_norm")
+    assert reason in pattern.check({**pattern.examples(), **pattern.scalars, **change})
