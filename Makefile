@@ -1,0 +1,55 @@
+# make demo    fine-tune a real chat model beside Transformers + PEFT + bitsandbytes (10 minutes on two cores)
+# make test    the whole test suite
+# make bench   the measurements of docs/benchmarks.md
+#
+# Needs python3 (3.11 or newer), make and, once, a Python package index. Everything is installed into .venv with the
+# versions of constraints.txt. On a machine without an NVIDIA GPU the CPU build of torch is much smaller; name an
+# index that has it:
+#
+#     make demo TORCH_INDEX=<index with CPU builds of torch>
+#
+# Models and texts are fetched once, as data, into $FXOPT_CACHE_DIR (default ~/.cache/fxopt).
+
+PYTHON ?= python3
+VENV ?= .venv
+# What pip installs as torch. Another release may need another triton in constraints.txt.
+TORCH ?= torch==2.13.0
+# One more package index to find it on.
+TORCH_INDEX ?=
+# Processes of the test suite.
+JOBS ?= 2
+# More arguments, such as TESTS="tests/runtime -k loop".
+TESTS ?=
+
+run := $(VENV)/bin/python
+pip := $(run) -m pip --disable-pip-version-check
+wanted := $(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | cut -d ' ' -f 1)
+stamp := $(VENV)/.installed-$(wanted)
+
+.PHONY: demo test bench install clean
+.DELETE_ON_ERROR:
+
+demo: $(stamp)
+	@$(run) -m demo
+
+test: $(stamp)
+	@$(run) -m demo.fetch
+	@$(run) -m pytest -n $(JOBS) $(TESTS)
+
+bench: $(stamp)
+	@$(run) -m bench.run
+	@$(run) -m bench.report
+
+install: $(stamp)
+
+$(stamp): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	@test -x $(run) || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.installed-*
+	$(pip) install --quiet '$(TORCH)' $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)')
+	$(pip) install --quiet --constraint constraints.txt setuptools
+	$(pip) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

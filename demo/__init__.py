@@ -1,0 +1,1 @@
+"""`make demo`: fine-tunes a real 135M chat model on dictionary glosses, beside Transformers + PEFT + bitsandbytes."""

@@ -1,0 +1,136 @@
+"""The demo's result on the terminal, and the claims that decide its exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+import platform
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from demo.measure import perplexity
+from demo.plan import Plan, sample_words
+
+PARITY_STEPS = 20
+PARITY_LIMIT = 1e-4
+"""Largest relative difference of a loss in the first steps, before rounding has grown through the optimizer."""
+CURVE_LIMIT = 2e-2
+"""Largest relative difference of a loss in the whole run."""
+LOGIT_LIMIT = 1e-3
+"""Largest difference of a logit between fxopt and PEFT with the saved adapter (fp32, logits up to about 40)."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence that the run shows or refutes."""
+
+    text: str
+    holds: bool
+
+
+def introduce(plan: Plan) -> None:
+    """Says what runs."""
+    Console(stderr=True).print(
+        f"SmolLM2-135M-Instruct learns to answer like a dictionary: {plan.steps} steps of {plan.batch} examples, "
+        f"LoRA rank {plan.rank} on every linear layer over NF4 weights, fp32 arithmetic, one process per system."
+    )
+
+
+def relative_differences(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """|a - b| / |b| per step."""
+    return [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
+
+
+def claims(ours: dict[str, Any], peers: Sequence[dict[str, Any]], verified: dict[str, Any]) -> list[Claim]:
+    """What must hold for the demo to end with code 0."""
+    differences = relative_differences(ours["losses"], peers[0]["losses"])
+    early, whole = max(differences[:PARITY_STEPS]), max(differences)
+    logit = verified["largest_difference"]
+    return [
+        Claim(
+            f"first {min(PARITY_STEPS, len(differences))} losses equal the peer's: "
+            f"largest relative difference {early:.1e} (limit {PARITY_LIMIT:.0e})",
+            early <= PARITY_LIMIT,
+        ),
+        Claim(f"all losses: largest relative difference {whole:.1e} (limit {CURVE_LIMIT:.0e})", whole <= CURVE_LIMIT),
+        Claim(
+            f"the saved adapter in PEFT: largest logit difference {logit:.1e} (limit {LOGIT_LIMIT:.0e}), "
+            f"logits up to {verified['largest_logit']:.0f}, {verified['adapted_layers']} layers",
+            logit <= LOGIT_LIMIT,
+        ),
+        Claim(
+            f"held-out loss fell: {ours['held_out_before']:.3f} to {ours['held_out_after']:.3f}",
+            ours["held_out_after"] < ours["held_out_before"],
+        ),
+        Claim(
+            f"every adapter gets a gradient: smallest norm {ours['smallest_gradient_norm']:.1e}",
+            ours["smallest_gradient_norm"] > 0,
+        ),
+    ]
+
+
+def show(
+    plan: Plan, ours: dict[str, Any], peers: Sequence[dict[str, Any]], verified: dict[str, Any], seconds: float
+) -> int:
+    """Prints the tables and returns the exit code."""
+    console = Console()
+    console.print(_comparison([ours, *peers]))
+    console.print(_curves(ours, peers))
+    console.print(_answers(plan, ours))
+    found = claims(ours, peers, verified)
+    for claim in found:
+        console.print(f"[{'green' if claim.holds else 'red'}]{'holds' if claim.holds else 'FAILS'}[/]  {claim.text}")
+    best = max(peers, key=lambda record: record["tokens_per_second"])
+    least = min(peers, key=lambda record: record["memory"]["above"])
+    console.print(
+        f"\nfxopt: {ours['tokens_per_second'] / best['tokens_per_second']:.2f}x the tokens/s of the fastest peer "
+        f"({best['system']}), {least['memory']['above'] / ours['memory']['above']:.2f}x less training memory than the "
+        f"smallest ({least['system']})."
+    )
+    console.print(f"adapter: {ours['adapter']}\ntotal: {seconds / 60:.1f} minutes on {platform.machine()}, torch "
+                  f"{ours['versions']['torch']}")  # fmt: skip
+    return 0 if all(claim.holds for claim in found) else 1
+
+
+def _comparison(records: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="Fine-tuning SmolLM2-135M-Instruct", title_justify="left")
+    for column in ("system", "held-out loss", "perplexity", "real tokens/s", "step", "prepare", "peak", "above model"):
+        table.add_column(column, justify="left" if column == "system" else "right")
+    for record in records:
+        before, after, memory = record["held_out_before"], record["held_out_after"], record["memory"]
+        table.add_row(
+            record["system"],
+            f"{before:.3f} → {after:.3f}",
+            f"{perplexity(before):.1f} → {perplexity(after):.1f}",
+            f"{record['tokens_per_second']:.0f}",
+            f"{record['step_seconds']:.2f} s",
+            f"{record['prepare_seconds']:.0f} s",
+            f"{memory['peak'] / 2**30:.2f} GiB",
+            f"{memory['above'] / 2**30:.2f} GiB",
+        )
+    return table
+
+
+def _curves(ours: dict[str, Any], peers: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="Loss by step", title_justify="left")
+    table.add_column("step", justify="right")
+    for record in (ours, *peers):
+        table.add_column(record["system"], justify="right")
+    table.add_column("relative difference", justify="right")
+    differences = relative_differences(ours["losses"], peers[0]["losses"])
+    every = max(1, len(differences) // 8)
+    for step in sorted({*range(0, len(differences), every), len(differences) - 1}):
+        losses = [f"{record['losses'][step]:.5f}" for record in (ours, *peers)]
+        table.add_row(str(step + 1), *losses, f"{differences[step]:.1e}")
+    return table
+
+
+def _answers(plan: Plan, ours: dict[str, Any]) -> Table:
+    table = Table(title="Held-out words", title_justify="left", show_lines=True)
+    for column in ("word", "before", "after", "dictionary"):
+        table.add_column(column)
+    for entry, before, after in zip(sample_words(plan), ours["answers_before"], ours["answers_after"], strict=True):
+        table.add_row(entry.word, before, after, entry.gloss)
+    return table
