@@ -20,6 +20,8 @@ _FRESH = frozenset({
     aten.silu.default, aten.embedding.default, aten.repeat_interleave.self_int, aten.stack.default, aten.cat.default,
 })
 
+_CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default})
+
 
 def called(node: Any, *targets: Any) -> bool:
     """Whether `node` is a node that calls one of the targets."""
@@ -127,6 +129,8 @@ def sharing(node: fx.Node) -> Iterator[fx.Node]:
         return
     if target in _FRESH:
         return
+    if target in _CASTS and meta.tensor(node) is not None and meta.tensor(node.args[0]) is not None and meta.tensor(node).dtype != meta.tensor(node.args[0]).dtype:
+        return  # converting copies
     schema = target._schema
     marked = [a.name for a in schema.arguments if a.alias_info is not None]
     if marked and any(r.alias_info is not None for r in schema.returns):
