@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import ctypes
 from dataclasses import asdict
 import gc
 import math
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -56,20 +58,33 @@ def answers(model: nn.Module, tokenizer: PreTrainedTokenizerBase, plan: Plan) ->
 
 
 class Memory:
-    """Peak memory of a phase: absolute, and above what was resident when it began."""
+    """Peak memory of training: absolute, and above what was resident when it began."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Touches every weight first: a file that is mapped but not yet read is not resident."""
+        """Touches every weight first (a file that is mapped but not yet read is not resident), and gives memory that
+        is free back to the system (what loading, preparing or evaluating left behind is not the model's)."""
+        self.before = peak_bytes()
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.detach().amax()
         gc.collect()
+        if sys.platform == "linux":
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+            if trim is not None:
+                trim(0)
         self.reset_works = reset_peak()
         self.loaded = resident_bytes() or peak_bytes()
 
     def read(self) -> dict[str, Any]:
-        """Bytes: `loaded` (before the phase), `peak`, `above` (their difference)."""
+        """Bytes: `before` (peak of loading, preparing and evaluating), `loaded` (when training began), `peak` (of
+        training), `above` (peak - loaded)."""
         peak = peak_bytes()
-        return {"loaded": self.loaded, "peak": peak, "above": peak - self.loaded, "reset_works": self.reset_works}
+        return {
+            "before": self.before,
+            "loaded": self.loaded,
+            "peak": peak,
+            "above": peak - self.loaded,
+            "reset_works": self.reset_works,
+        }
 
 
 def gradient_norms(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """fxopt in its own process: one `optimize` call, one `fit` call, and what the table shows of them.
 
-    python -m demo.ours PLAN OUT [--passes TEXT]
+    python -m demo.ours PLAN OUT [--no-remat] [--passes TEXT]
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from demo import assets
 from demo.measure import Memory, answers, gradient_norms, held_out_loss, summary, timed
 from demo.plan import Plan, load_tokenizer, write_record
 import fxopt
+from fxopt.passes import presets
 from fxopt.runtime.callbacks import Callback, State
 from fxopt.runtime.loop import fit
 from fxopt.runtime.progress import Progress
-
-PASSES = "lora(rank={rank}, alpha={alpha}) | quantize(nf4) | fuse | loss | remat"
 
 
 class LastGradients(Callback):
@@ -50,7 +49,7 @@ def run(plan: Plan, passes: str) -> dict[str, Any]:
     opt.load_adapter(plan.first_adapter)
     held_out = plan.held_out_batches(tokenizer)
     before = held_out_loss(opt, held_out) if held_out else None
-    answers_before = sample(opt, tokenizer, plan)
+    answers_before = sample(opt, tokenizer, plan) if plan.samples else []
 
     gradients = LastGradients()
     folder = Path(plan.folder) / "adapter"
@@ -70,7 +69,7 @@ def run(plan: Plan, passes: str) -> dict[str, Any]:
     )
     used = memory.read()
     after = held_out_loss(opt, held_out) if held_out else None
-    answers_after = sample(opt, tokenizer, plan)
+    answers_after = sample(opt, tokenizer, plan) if plan.samples else []
     if held_out:
         save_logits(opt, held_out[0], Path(plan.folder) / "logits.safetensors")
     return {
@@ -109,12 +108,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--passes", default=PASSES)
+    parser.add_argument("--no-remat", action="store_true", help="keep what the backward reads: faster, more memory")
+    parser.add_argument("--passes", help="the whole pipeline as text, in place of the preset")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     plan = Plan.load(options.plan)
-    write_record(options.out, run(plan, options.passes.format(rank=plan.rank, alpha=plan.alpha)))
+    preset = presets.finetune(rank=plan.rank, alpha=plan.alpha, quantize="nf4", remat=not options.no_remat)
+    write_record(options.out, run(plan, options.passes or preset.text()))
 
 
 if __name__ == "__main__":

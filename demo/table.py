@@ -96,7 +96,7 @@ def show(
 
 def _comparison(records: Sequence[dict[str, Any]]) -> Table:
     table = Table(title="Fine-tuning SmolLM2-135M-Instruct", title_justify="left")
-    for column in ("system", "held-out loss", "perplexity", "real tokens/s", "step", "prepare", "peak", "above model"):
+    for column in ("system", "held-out loss", "perplexity", "real tokens/s", "step", "prepare", "peak", "above weights"):
         table.add_column(column, justify="left" if column == "system" else "right")
     for record in records:
         before, after, memory = record["held_out_before"], record["held_out_after"], record["memory"]
