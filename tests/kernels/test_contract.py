@@ -55,7 +55,7 @@ def leaves(case):
 
 @every_op
 def test_values_and_gradients_against_the_fp64_truth(op):
-    on_cases(op, lambda case: check_case(op, case), 250)
+    on_cases(op, lambda case: check_case(op, case), 200)
 
 
 def check_case(op, case):

@@ -1,6 +1,8 @@
 """activation(gate) * up, block by block: what the gated units share.
 
 Only gate and up are kept for backward; plain PyTorch keeps the activation as well, a third more.
+Low precision rounds where plain PyTorch does: widening each block to fp32 was measured 1.7 times
+slower than plain PyTorch on [1024, 4096] bf16, whose activations ATen has fast paths for.
 Gated linear units: Shazeer, 2020, https://arxiv.org/abs/2002.05202.
 """
 
@@ -12,7 +14,6 @@ import torch
 
 from fxopt.errors import CheckError
 from fxopt.kernels.blocks import as_rows, blocks
-from fxopt.kernels.dtypes import wide
 
 
 def check(gate, up):
@@ -23,55 +24,38 @@ def check(gate, up):
 
 
 def forward(gate, up, activate: Callable):
-    """`activate(tensor, out)` writes the activation of a contiguous block."""
+    """`activate(tensor, out)` writes the activation of a block."""
     check(gate, up)
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if not gate.dim():
         gate, up = gate.view(1), up.view(1)
-    acc, gates, ups = wide(gate.dtype), as_rows(gate), as_rows(up)
+    gates, ups = as_rows(gate), as_rows(up)
     out = y.view(gates.shape)
     for block in blocks(*gates.shape):
-        if acc == gate.dtype:
-            activate(gates[block], out[block])
-            out[block].mul_(ups[block])
-        else:
-            part = gates[block].to(acc)
-            activate(part, part)
-            out[block].copy_(part.mul_(ups[block]))
+        activate(gates[block], out[block])
+        out[block].mul_(ups[block])
     return y
 
 
 def backward(dy, gate, up, activate: Callable, differentiate: Callable, output_mask):
-    """dgate = dy * up * activate'(gate), dup = dy * activate(gate), in fp32 (fp64) inside a block.
+    """dgate = dy * up * activate'(gate), dup = dy * activate(gate).
 
     `differentiate(grad, gate, out)` writes grad * activate'(gate); out may be grad.
     """
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if on else None for on in output_mask)
     if not gate.dim():
         dy, gate, up = dy.view(1), gate.view(1), up.view(1)
-    acc, grads, gates, ups = wide(gate.dtype), as_rows(dy), as_rows(gate), as_rows(up)
+    grads, gates, ups = as_rows(dy), as_rows(gate), as_rows(up)
     for block in blocks(*gates.shape):
-        grad, part = grads[block].to(acc), gates[block].to(acc)
         if dup is not None:
-            out = _target(dup, gates.shape, block, acc)
-            activate(part, out)
-            _store(dup, gates.shape, block, out.mul_(grad))
+            out = dup.view(gates.shape)[block]
+            activate(gates[block], out)
+            out.mul_(grads[block])
         if dgate is not None:
-            out = _target(dgate, gates.shape, block, acc)
-            torch.mul(grad, ups[block], out=out)
-            differentiate(out, part, out)
-            _store(dgate, gates.shape, block, out)
+            out = dgate.view(gates.shape)[block]
+            torch.mul(grads[block], ups[block], out=out)
+            differentiate(out, gates[block], out)
     return dgate, dup
-
-
-def _target(result, shape, block, acc):
-    view = result.view(shape)[block]
-    return view if result.dtype == acc else torch.empty(view.shape, dtype=acc, device=view.device)
-
-
-def _store(result, shape, block, values):
-    if result.dtype != values.dtype:
-        result.view(shape)[block].copy_(values)
 
 
 def backward_fake(gate, output_mask):

@@ -34,7 +34,7 @@ def forward(gate, up, approximate):
         approximate: "none" for z * Phi(z) by erf, "tanh" for the tanh approximation.
 
     Returns:
-        y: [...] in that dtype, contiguous; one rounding (computed in fp32 for low precision).
+        y: [...] in that dtype, contiguous; rounded after the activation and after the product, as in the plain form.
 
     Raises:
         CheckError, RuntimeError: unknown approximation, the dtypes, the shapes differ.

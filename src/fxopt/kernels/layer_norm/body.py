@@ -1,7 +1,9 @@
 """LayerNorm through ATen's native kernels, with fp32 statistics for every storage dtype.
 
-ATen's own bf16 path returns mean and rstd rounded to bf16 when the weight is bf16 too; its backward
-then starts from statistics that are off by up to 2^-9. Here low precision is widened block by block.
+ATen's bf16 path returns mean and rstd rounded to bf16 when the weight is bf16 or absent; its backward
+then starts from statistics that are off by up to 2^-9. With an fp32 weight the CPU kernel keeps them
+in fp32, so a low-precision weight is widened (it is one row) and an absent one is a row of ones.
+Kernels of other devices do not mix dtypes: there the rows are widened, block by block.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ def forward(x, weight, bias, eps):
     Source: Ba, Kiros and Hinton, 2016, https://arxiv.org/abs/1607.06450.
     """
     acc, shape = wide(x.dtype), [x.shape[-1]]
-    rows, (w, b) = as_rows(x), _widen(acc, weight, bias)
+    rows, (w, b) = as_rows(x), _widen(x, acc, weight, bias)
     mean, rstd = (torch.empty(rows.shape[0], dtype=acc, device=x.device) for _ in range(2))
-    if x.dtype == acc:
+    if _direct(x, acc):
         y, mean, rstd = _native(rows, shape, w, b, eps)
     else:
         y = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
@@ -41,8 +43,15 @@ def forward(x, weight, bias, eps):
     return y.view(x.shape), mean.view(lead), rstd.view(lead)
 
 
-def _widen(acc, *parts):
-    return [None if part is None else part.to(acc) for part in parts]
+def _direct(x, acc):
+    """Whether the native kernel takes x as it is and keeps its statistics in acc."""
+    return x.dtype == acc or x.device.type == "cpu"
+
+
+def _widen(x, acc, weight, bias):
+    if weight is None and x.dtype != acc:
+        weight = torch.ones(x.shape[-1], dtype=acc, device=x.device)
+    return [None if part is None else part.to(acc) for part in (weight, bias)]
 
 
 def forward_fake(x, weight, bias, eps):
@@ -56,10 +65,10 @@ def backward(dy, x, weight, bias, mean, rstd, output_mask):
     """
     acc, width = wide(x.dtype), x.shape[-1]
     rows, grads = as_rows(x), as_rows(dy)
-    (w, b), count = _widen(acc, weight, bias), rows_of(x)
+    (w, b), count = _widen(x, acc, weight, bias), rows_of(x)
     m_all, r_all = mean.reshape(count, 1), rstd.reshape(count, 1)
     mask = list(output_mask)
-    if x.dtype == acc:
+    if _direct(x, acc):
         dx, dweight, dbias = _native_backward(grads, rows, [width], m_all, r_all, w, b, mask)
     else:
         dx = torch.empty(rows.shape, dtype=x.dtype, device=x.device) if mask[0] else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fxopt.errors import CheckError
+from fxopt.kernels.blocks import BLOCK
 
 
 def _pair(x, rotary, interleaved):
@@ -22,6 +23,7 @@ def _check(x, cos, sin, half_tables):
     rotary = cos.shape[-1] * (2 if half_tables else 1)
     torch._check(cos.shape == sin.shape, lambda: f"cos is {tuple(cos.shape)} and sin is {tuple(sin.shape)}")
     torch._check(rotary % 2 == 0, lambda: f"an odd number of columns ({rotary}) cannot be rotated in pairs")
+    torch._check(x.dim() > 1, lambda: "a vector has no positions to rotate by")
     torch._check(rotary <= x.shape[-1], lambda: f"{rotary} columns to rotate, but x has {x.shape[-1]}")
     return rotary
 
@@ -34,24 +36,31 @@ def _turn(x, cos, sin, interleaved, half_tables, transpose):
     out = torch.empty_like(x)
     if rotary < x.shape[-1]:
         out[..., rotary:].copy_(x[..., rotary:])
-    x1, x2 = _pair(x, rotary, interleaved)
-    out1, out2 = _pair(out, rotary, interleaved)
-    (c1, c2), (s1, s2) = (_tables(table, interleaved, half_tables) for table in (cos, sin))
-    sign = 1.0 if transpose else -1.0
-    first, second = (s2, s1) if transpose else (s1, s2)
-    _combine(out1, x1, c1, x2, first, sign)
-    _combine(out2, x2, c2, x1, second, -sign)
+    # Low precision is computed in fp32 and rounded once.
+    acc = torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
+    lead = x.shape[:-1]
+    cos, sin = (table.to(acc).expand(*lead, table.shape[-1]) for table in (cos, sin))
+    for dim, start, length in _cuts(x):
+        part, c, s, target = (whole.narrow(dim, start, length) for whole in (x, cos, sin, out))
+        wide, result = part[..., :rotary].to(acc), target[..., :rotary]
+        turned = result if result.dtype == acc else torch.empty_like(wide)
+        x1, x2 = _pair(wide, rotary, interleaved)
+        out1, out2 = _pair(turned, rotary, interleaved)
+        (c1, c2), (s1, s2) = (_tables(table, interleaved, half_tables) for table in (c, s))
+        sign, first, second = (1.0, s2, s1) if transpose else (-1.0, s1, s2)
+        torch.mul(x1, c1, out=out1).addcmul_(x2, first, value=sign)
+        torch.mul(x2, c2, out=out2).addcmul_(x1, second, value=-sign)
+        if turned is not result:
+            result.copy_(turned)
     return out
 
 
-def _combine(out, a, cos, b, sin, sign):
-    if torch.promote_types(a.dtype, cos.dtype) == out.dtype and out.dtype in (torch.float32, torch.float64):
-        torch.mul(a, cos, out=out)
-        out.addcmul_(b, sin, value=sign)
-    else:
-        # One rounding: addcmul on a rounded product would make it two.
-        wide = torch.promote_types(torch.promote_types(out.dtype, cos.dtype), torch.float32)
-        out.copy_(torch.addcmul(a.to(wide) * cos, b.to(wide), sin.to(wide), value=sign))
+def _cuts(x):
+    """(dim, start, length) of parts that stay in cache, along the largest dimension but the last."""
+    dim = max(range(x.dim() - 1), key=lambda place: x.shape[place])
+    step = max(1, BLOCK * x.shape[dim] // max(1, x.numel()))
+    for start in range(0, x.shape[dim], step):
+        yield dim, start, min(step, x.shape[dim] - start)
 
 
 def forward(q, k, cos, sin, interleaved, half_tables):

@@ -22,7 +22,7 @@ def forward(gate, up):
         gate, up: same shape [...] and dtype (fp16, bf16, fp32 or fp64), any strides.
 
     Returns:
-        y: [...] in that dtype, contiguous; one rounding (computed in fp32 for low precision).
+        y: [...] in that dtype, contiguous; rounded after the activation and after the product, as in the plain form.
 
     Raises:
         CheckError, RuntimeError: the dtypes, the shapes differ.
