@@ -23,6 +23,13 @@ _FRESH = frozenset({
 _CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default})
 
 
+def static(size: Any) -> int | None:
+    """A size as an int if it is known at compile time (a SymInt may hold a constant), else None; adds no guard."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.expr) if size.node.expr.is_Integer else None
+    return int(size)
+
+
 def called(node: Any, *targets: Any) -> bool:
     """Whether `node` is a node that calls one of the targets."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets

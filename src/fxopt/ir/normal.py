@@ -12,7 +12,7 @@ import torch.fx as fx
 
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit, effectful, mutates, random, rule_here
-from fxopt.ir.index import Flow, arguments, called, writes
+from fxopt.ir.index import Flow, arguments, called, static, writes
 
 aten = torch.ops.aten
 
@@ -77,9 +77,9 @@ def _spell_slice(edit: Edit, node: fx.Node) -> None:
     """`slice(x, dim, start, end[, step])` with bounds that count from the front and no end beyond the size."""
     given = arguments(node)
     x, dim = given["self"], given.get("dim", 0)
-    size = meta.tensor(x).shape[dim]
+    size = static(meta.tensor(x).shape[dim])
     start, end, step = given.get("start", 0), given.get("end", sys.maxsize), given.get("step", 1)
-    if isinstance(size, int):
+    if size is not None:
         if isinstance(start, int) and start < 0:
             start = max(0, start + size)
         if isinstance(end, int) and end < 0:
@@ -223,7 +223,7 @@ def _whole_slice(node: fx.Node, x: fx.Node, flow: Flow) -> bool:
     end, size = given.get("end", sys.maxsize), meta.tensor(x).shape[given.get("dim", 0)]
     if isinstance(end, fx.Node):
         return meta.same_size(meta.value(end), size)
-    return end == sys.maxsize or (isinstance(size, int) and end >= size)
+    return end == sys.maxsize or (static(size) is not None and end >= static(size))
 
 
 def _one(node: fx.Node, x: fx.Node, flow: Flow) -> bool:

@@ -23,7 +23,7 @@ import torch.fx as fx
 from fxopt.errors import PassError
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit, copy_graph, effectful
-from fxopt.ir.index import called, full_arguments
+from fxopt.ir.index import called, full_arguments, static
 from fxopt.ir.normal import normalize
 from fxopt.ir.program import Program, Signature
 
@@ -128,7 +128,7 @@ class Matcher:
 
     def __post_init__(self) -> None:
         self.sketch = trace(self.fn, {name: torch.zeros(shape) for name, shape in self.shapes.items()}, self.scalars)
-        self.proofs: dict[Any, Template] = {}
+        self.proofs: dict[Any, Template | None] = {}
         self.names = {node: name for name, node in self.sketch.inputs.items()}
 
     @property
@@ -153,13 +153,15 @@ class Matcher:
 
     # -- the sketch ------------------------------------------------------------------------------------------------
 
-    def _walk(self, pattern: Any, value: Any, env: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
-        """Every way to read `value` as `pattern`, given what is bound so far."""
+    def _walk(self, pattern: Any, value: Any, env: dict[Any, Any], reader: fx.Node | None = None) -> Iterator[dict[Any, Any]]:
+        """Every way to read `value`, an argument of `reader`, as `pattern`, given what is bound so far."""
         if isinstance(pattern, (list, tuple)):
             if isinstance(value, (list, tuple)) and len(pattern) == len(value):
-                yield from self._all(list(zip(pattern, value)), env)
+                yield from self._all(list(zip(pattern, value)), env, reader)
+            else:
+                self._fail(env, reader, f"`{reader.name}` ({reader.target}) has {_shown(value)} where the pattern has {_shown(pattern)}")
         elif not isinstance(pattern, fx.Node):
-            yield from self._literal(pattern, value, env)
+            yield from self._literal(pattern, value, env, reader)
         elif pattern in self.names:
             if isinstance(value, fx.Node) and meta.tensor(value) is not None:
                 name, base = self.names[pattern], strip(value)
@@ -180,18 +182,17 @@ class Matcher:
                 self._fail(env, node, f"`{node.name}` differs in the argument {sorted(wanted.keys() ^ given.keys())[0]}")
                 return
             for order in _orders(pattern, wanted, given):
-                yield from self._all(order, env)
+                yield from self._all(order, env, node)
 
-    def _all(self, pairs: list[tuple[Any, Any]], env: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
+    def _all(self, pairs: list[tuple[Any, Any]], env: dict[Any, Any], reader: fx.Node | None) -> Iterator[dict[Any, Any]]:
         if not pairs:
             yield env
             return
         (pattern, value), *rest = pairs
-        for found in self._walk(pattern, value, env):
-            yield from self._all(rest, found)
+        for found in self._walk(pattern, value, env, reader):
+            yield from self._all(rest, found, reader)
 
-    def _literal(self, pattern: Any, value: Any, env: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
-        node = env[_TRAIL][-1]
+    def _literal(self, pattern: Any, value: Any, env: dict[Any, Any], node: fx.Node | None) -> Iterator[dict[Any, Any]]:
         name = next((name for name, example in self.scalars.items() if type(example) is type(pattern) and example == pattern), None)
         if name is None:
             if _equal(pattern, value):
@@ -222,9 +223,17 @@ class Matcher:
         sizes = _Sizes()
         examples = {name: sizes.example(meta.tensor(source)) for name, source in inputs.items()}
         key = (tuple((tuple(t.shape), t.dtype) for t in examples.values()), tuple(sorted(scalars.items())))
-        proof = self.proofs.get(key)
+        if key not in self.proofs:
+            try:
+                self.fn(*(t.to("meta") for t in examples.values()), **scalars)
+            except (RuntimeError, ValueError, TypeError, IndexError):
+                self.proofs[key] = None
+            else:
+                self.proofs[key] = trace(self.fn, examples, scalars)
+        proof = self.proofs[key]
         if proof is None:
-            proof = self.proofs[key] = trace(self.fn, examples, scalars)
+            self._refuse(node, "the pattern cannot be computed on inputs of these types", everything, trail)
+            return None
         heads = [user for user in node.users if called(user, CAST)] if called(proof.output, CAST) and not called(node, CAST) else [node]
         bound = {proof.inputs[name]: source for name, source in inputs.items()}
         for head in heads or [node]:
@@ -306,12 +315,13 @@ class _Sizes:
 
     def number(self, size: Any) -> int | None:
         """The stand-in of a size; None if it is dynamic and does not occur in an input."""
-        return self.known.get(str(size)) if isinstance(size, torch.SymInt) else int(size)
+        fixed = static(size)
+        return self.known.get(str(size)) if fixed is None else fixed
 
     def example(self, val: torch.Tensor) -> torch.Tensor:
         """A tensor of the same rank, dtype and static sizes."""
         for size in val.shape:
-            if isinstance(size, torch.SymInt) and str(size) not in self.known:
+            if static(size) is None and str(size) not in self.known:
                 if len(self.known) == len(_PRIMES):
                     raise PassError(f"a pattern input has more than {len(_PRIMES)} dynamic sizes")
                 self.known[str(size)] = _PRIMES[len(self.known)]
@@ -333,7 +343,7 @@ class _Same:
             return isinstance(value, (list, tuple)) and len(pattern) == len(value) and all(self(p, v) for p, v in zip(pattern, value))
         if not isinstance(pattern, fx.Node):
             if isinstance(value, fx.Node):
-                return _number(pattern) and isinstance(meta.value(value), torch.SymInt) and self.sizes.number(meta.value(value)) == pattern
+                return _number(pattern) and isinstance(meta.value(value), (int, torch.SymInt)) and self.sizes.number(meta.value(value)) == pattern
             return _equal(pattern, value)
         if pattern in self.bound:
             return self.bound[pattern] is value

@@ -12,7 +12,7 @@ import torch.fx as fx
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit, rule_here
 from fxopt.ir.formula import EVERYWHERE, Affine, AtLeastZero, inputs_of, said, simplify
-from fxopt.ir.index import Flow, arguments, called
+from fxopt.ir.index import Flow, arguments, called, static
 from fxopt.ir.masks import Reader, Unknown
 from fxopt.ir.program import Assumption
 from fxopt.passes.base import Pass, Promise
@@ -90,7 +90,7 @@ def _sizes(mask: torch.Tensor, given: Mapping[str, Any]) -> dict[int, int | None
     """Static sizes of the scores by dimension."""
     scores = {-1: meta.tensor(given["key"]).shape[-2], -2: meta.tensor(given["query"]).shape[-2]}
     shape = {i - mask.dim(): size for i, size in enumerate(mask.shape)}
-    return {dim: size if isinstance(size, int) else None for dim, size in {**shape, **scores}.items()}
+    return {dim: static(size) for dim, size in {**shape, **scores}.items()}
 
 
 def ungroup(edit: Edit, node: fx.Node) -> None:
@@ -121,7 +121,10 @@ def repeated(node: Any) -> fx.Node | None:
     if not called(narrow, aten.unsqueeze.default) or narrow.args[1] not in (2, -3):
         return None
     x, wide, flat = meta.tensor(narrow.args[0]), meta.tensor(expand), meta.tensor(node)
-    if x.dim() != 4 or flat.dim() != 4 or not isinstance(x.shape[1], int) or not isinstance(wide.shape[2], int):
+    if x.dim() != 4 or flat.dim() != 4:
         return None
-    same = all(meta.same_size(x.shape[i], flat.shape[i]) for i in (0, 2, 3)) and flat.shape[1] == x.shape[1] * wide.shape[2]
+    heads, times, all_heads = static(x.shape[1]), static(wide.shape[2]), static(flat.shape[1])
+    if heads is None or times is None:
+        return None
+    same = all(meta.same_size(x.shape[i], flat.shape[i]) for i in (0, 2, 3)) and all_heads == heads * times
     return narrow.args[0] if same else None

@@ -14,7 +14,7 @@ import torch.fx as fx
 
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit
-from fxopt.ir.index import Flow, called, sharing
+from fxopt.ir.index import Flow, called, sharing, static
 from fxopt.ir.pattern import Match, Matcher, Near
 from fxopt.kernels.catalog import CATALOG
 from fxopt.kernels.op import FusedOp, Pattern
@@ -146,7 +146,7 @@ def standins(inputs: Mapping[str, fx.Node], flow: Flow) -> dict[str, torch.Tenso
     found = {}
     for name, node in inputs.items():
         val = meta.tensor(node)
-        shape = [numbers.setdefault(str(size), 10_007 + 2 * len(numbers)) if isinstance(size, torch.SymInt) else size for size in val.shape]
+        shape = [numbers.setdefault(str(size), 10_007 + 2 * len(numbers)) if static(size) is None else static(size) for size in val.shape]
         found[name] = torch.empty(shape, dtype=val.dtype, device="meta", requires_grad=node in flow.grad)
     return found
 

@@ -11,7 +11,7 @@ import torch.fx as fx
 
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit, effectful, rule_here
-from fxopt.ir.index import Flow, arguments, called
+from fxopt.ir.index import Flow, arguments, called, static
 from fxopt.ir.program import Lazy
 from fxopt.kernels.catalog import linear_cross_entropy
 from fxopt.passes.base import Pass, Promise
@@ -65,7 +65,7 @@ class Loss(Pass):
         if isinstance(head, str):
             return head
         classes, width = meta.tensor(head.linear).shape[-1], meta.tensor(head.hidden).shape[-1]
-        if not isinstance(classes, int) or not isinstance(width, int) or classes < width:
+        if static(classes) is None or static(width) is None or static(classes) < static(width):
             return f"the logits are {classes} wide and the hidden state {width}: there is nothing to save"
         if any(flow.roots[node] & flow.written for node in (*head.chain, *head.linear.all_input_nodes)):
             return "a tensor of the head is written in place"
