@@ -2,7 +2,7 @@
 
 A byte selects two fp32 levels at once: the table is viewed as 256 float64, so that `index_select`
 moves 8 bytes an index. Measured on [2048, 2048] to fp32, one thread: 1.1 ms; a 65,536-entry table
-of four levels 1.1 ms; shift, mask and a 16-entry table 5 ms; the C++ of bitsandbytes 0.44 ms.
+of four levels 1.1 to 1.2 ms; the C++ of bitsandbytes 0.43 ms.
 """
 
 from __future__ import annotations
