@@ -219,7 +219,8 @@ def apply(pass_: Pass, program: Program) -> Program:
     ms = (time.perf_counter() - start) * 1e3
     edit.facts -= pass_.destroys
     edit.facts |= pass_.establishes
-    if not promises.changed(edit):
+    tags = pass_.promise.values == "same" and edit.facts != program.facts
+    if not (promises.changed(edit) or tags) or (pass_.must_fire and not edit.rewrites):
         why = _reasons(edit)
         if pass_.must_fire:
             raise PassError(f"{pass_} changed nothing{why}", do="change its arguments, or take it out of the pipeline")
