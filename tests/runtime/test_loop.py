@@ -252,7 +252,7 @@ def test_a_seed_makes_runs_equal() -> None:
         ({"clip": 0.0}, "`clip`"), ({"output_dir": "x"}, "save_adapter"),
         ({"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)}, "`lr` is for"),
     ],
-    ids=str,
+    ids=range(10),
 )  # fmt: skip
 def test_settings_are_never_ignored(settings: dict, message: str) -> None:
     with pytest.raises(DataError, match=message):
