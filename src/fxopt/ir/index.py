@@ -169,3 +169,27 @@ def _nodes(value: Any) -> Iterator[fx.Node]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _nodes(item)
+
+
+_ANY_STRIDES = frozenset({aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.contiguous.default,
+                          aten.scaled_dot_product_attention.default, aten.cross_entropy_loss.default, aten.embedding.default})
+_VIEWING = frozenset({aten.view.default, aten.view.dtype, aten.view_as_complex.default, aten.view_as.default, aten.as_strided.default})
+
+
+def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two fake tensors of one shape have equal strides by structure; those of size-1 dimensions do not matter."""
+    return all(meta.same_size(x, y) or meta.same_size(size, 1) for x, y, size in zip(a.stride(), b.stride(), a.shape))
+
+
+def viewed(node: fx.Node) -> fx.Node | None:
+    """A node that may work only for the strides that `node`'s value has now: a view of it, or of what inherits its layout."""
+    seen: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        for user in waiting.pop().users:
+            if called(user, *_VIEWING):
+                return user
+            if user not in seen and not called(user, *_ANY_STRIDES):
+                seen.add(user)
+                waiting.append(user)
+    return None

@@ -12,7 +12,7 @@ import torch.fx as fx
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit, rule_here
 from fxopt.ir.formula import EVERYWHERE, Affine, AtLeastZero, inputs_of, said, simplify
-from fxopt.ir.index import Flow, arguments, called, static
+from fxopt.ir.index import Flow, arguments, called, same_strides, static, viewed
 from fxopt.ir.masks import Reader, Unknown
 from fxopt.ir.program import Assumption
 from fxopt.passes.base import Pass, Promise
@@ -73,10 +73,14 @@ class Causal(Pass):
             why = f"the mask depends on the values of {', '.join(sorted(left))}" if left else f"the mask is neither causal nor full: {said(formula)}"
             edit.missed("mask", node, why)
             return node
-        for leaf in sorted(leaves) if self.assume else ():
-            edit.assume(Assumption(leaf))
         causal = formula == _CAUSAL
         new = edit.call(node.target, (given["query"], given["key"], given["value"], None, given.get("dropout_p", 0.0), causal), _options(given), like=node)
+        if not same_strides(meta.tensor(new), meta.tensor(node)) and (view := viewed(node)) is not None:
+            edit.missed("mask", node, f"attention without a mask returns other strides, and `{view.name}` may depend on them")
+            edit.erase(new)
+            return node
+        for leaf in sorted(leaves) if self.assume else ():
+            edit.assume(Assumption(leaf))
         edit.replace(node, new, rule=rule_here("causal mask" if causal else "full mask"))
         edit.erase(node)
         return new

@@ -14,15 +14,12 @@ import torch.fx as fx
 
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit
-from fxopt.ir.index import Flow, called, sharing, static
+from fxopt.ir.index import Flow, called, same_strides, static, viewed
 from fxopt.ir.pattern import Match, Matcher, Near
 from fxopt.kernels.catalog import CATALOG
 from fxopt.kernels.op import FusedOp, Pattern
 from fxopt.kernels.tolerance import eager_error, excess
 from fxopt.passes.base import Pass, Promise
-
-aten = torch.ops.aten
-
 
 @dataclass(frozen=True)
 class Fuse(Pass):
@@ -114,8 +111,8 @@ class Rule:
         reason = None
         if new.dtype != old.dtype or not meta.same_shape(new, old):
             reason = f"the op returns {meta.describe(new)}, not {meta.describe(old)}"
-        elif not same_strides(new, old) and (view := _viewed(match.anchor)) is not None:
-            reason = f"the op returns other strides, and `{view.name}` depends on them"
+        elif not same_strides(new, old) and (view := viewed(match.anchor)) is not None:
+            reason = f"the op returns other strides, and `{view.name}` may depend on them"
         if reason is not None:
             for node in reversed(made):
                 edit.erase(node)
@@ -172,23 +169,6 @@ def _unproven(op: FusedOp, pattern: Pattern, dtypes: tuple[torch.dtype, ...]) ->
     truth = op.reference(*bind(torch.Tensor.double))[pattern.output]
     error = eager_error(eager, truth, torch.float32)
     return None if excess(got, truth, error) <= 0 else f"for inputs of {said} the op rounds more than this does"
-
-
-def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two fake tensors of one shape have equal strides by structure; those of size-1 dimensions do not matter."""
-    return all(meta.same_size(x, y) or meta.same_size(size, 1) for x, y, size in zip(a.stride(), b.stride(), a.shape))
-
-
-def _viewed(node: fx.Node) -> fx.Node | None:
-    """A `view` of the node's memory, which not all strides allow."""
-    for user in node.users:
-        if called(user, aten.view.default):
-            return user
-        if node in sharing(user) and not called(user, aten.reshape.default, aten.contiguous.default):
-            found = _viewed(user)
-            if found is not None:
-                return found
-    return None
 
 
 def join_rotations(edit: Edit) -> None:
