@@ -46,21 +46,10 @@ def optimize(model: nn.Module, passes: Passes | None = None, *, inputs: tuple[An
     if isinstance(model, Optimized):
         raise FxoptError("the model is optimized already", do="optimize `opt.model` with the whole pipeline")
     chosen = presets.exact() if passes is None else pipeline(passes)
-    opt = Optimized(model, Dispatcher(model, chosen, check=check, verify=verify))
+    opt = _class_for(type(model))(model, Dispatcher(model, chosen, check=check, verify=verify))
     if inputs is not None:
         opt.prepare(inputs)
     return opt
-
-
-class _Forward:
-    """`opt.forward` with the original's signature. An object, not a closure: a copied Optimized runs its own weights."""
-
-    def __init__(self, opt: Optimized) -> None:
-        self.opt = opt
-        self.__signature__ = inspect.signature(opt.model.forward)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.opt.dispatcher(args, kwargs)
 
 
 class Optimized(nn.Module):
@@ -80,7 +69,10 @@ class Optimized(nn.Module):
         for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[shared] = model.__dict__[shared]
         self.__dict__["dispatcher"] = dispatcher
-        self.__dict__["forward"] = _Forward(self)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's return value, computed by the program for this kind of call."""
+        return self.dispatcher(args, kwargs)
 
     @property
     def training(self) -> bool:  # type: ignore[override]
@@ -128,7 +120,7 @@ class Optimized(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimized:
         model = copy.deepcopy(self.model, memo)
         memo[id(self.model)] = model
-        new = Optimized(model, copy.deepcopy(self.dispatcher, memo))
+        new = type(self)(model, copy.deepcopy(self.dispatcher, memo))
         memo[id(self)] = new
         return new
 
@@ -205,6 +197,22 @@ class Optimized(nn.Module):
         Memory: one dense copy of the adapted weights. No gradients inside.
         """
         return adapted.dense_weights(self.model)
+
+
+_CLASSES: dict[type, type[Optimized]] = {}
+
+
+def _class_for(original: type[nn.Module]) -> type[Optimized]:
+    """Optimized under the original's class name, with the original's signature on `forward`: trainers look at both."""
+    if original not in _CLASSES:
+
+        def forward(self: Optimized, *args: Any, **kwargs: Any) -> Any:
+            return self.dispatcher(args, kwargs)
+
+        forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
+        forward.__doc__ = original.forward.__doc__
+        _CLASSES[original] = type(original.__name__, (Optimized,), {"forward": forward, "__module__": original.__module__, "__doc__": original.__doc__})
+    return _CLASSES[original]
 
 
 def _revive(model: nn.Module, passes: str) -> Optimized:

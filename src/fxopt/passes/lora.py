@@ -101,7 +101,7 @@ class Lora(Pass):
             return {name for name in names if name not in shared and name not in tied and name != head}
         chosen: set[str] = set()
         for target in self.targets:
-            hits = {name for name in names if matches(name, target)}
+            hits = {name for name in names if any(matches(known, target) for known in (name, *edit.slots[name].aliases))}
             if not hits:
                 raise _nothing(target, names)
             for name in hits & shared.keys():

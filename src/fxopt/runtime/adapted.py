@@ -68,28 +68,42 @@ class NF4Weight(nn.Module):
         for key, value in ((base, self.packed), (f"{base}.absmax", self.absmax), (f"{base}.quant_map", levels), (f"{base}.{nf4.KEY}", state)):
             destination[key] = value
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
-                              unexpected_keys: list[str], error_msgs: list[str]) -> None:
-        base = prefix[:-1]
-        known = f"{base}.{nf4.KEY}"
-        if base not in state_dict or f"{base}.absmax" not in state_dict:
-            missing_keys.extend(key for key in (base, f"{base}.absmax") if key not in state_dict)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the module that owns the weight hands its keys over (see `Adapted`)."""
+
+    def load(self, state: Mapping[str, torch.Tensor], key: str, missing: list[str], errors: list[str]) -> None:
+        """Take codes and scales from a state dict with bitsandbytes' keys; `key` is the weight's own."""
+        lacking = [name for name in (key, f"{key}.absmax") if name not in state]
+        if lacking:
+            missing.extend(lacking)
             return
-        if known in state_dict:
-            found = nf4.parse_quant_state(state_dict[known])
+        known = f"{key}.{nf4.KEY}"
+        if known in state:
+            found = nf4.parse_quant_state(state[known])
             if tuple(found.shape) != tuple(self.stored.shape):
-                error_msgs.append(f"{base}: the stored weight has the shape {tuple(found.shape)}, the model's is {self.stored.shape}")
+                errors.append(f"{key}: the stored weight has the shape {tuple(found.shape)}, the model's is {self.stored.shape}")
+                return
+        for mine, name in ((self.packed, key), (self.absmax, f"{key}.absmax")):
+            if mine.shape != state[name].shape or mine.dtype != state[name].dtype:
+                errors.append(f"{name}: {tuple(state[name].shape)} {state[name].dtype} where {tuple(mine.shape)} {mine.dtype} is needed")
                 return
         with torch.no_grad():
-            for mine, key in ((self.packed, base), (self.absmax, f"{base}.absmax")):
-                if mine.shape != state_dict[key].shape:
-                    error_msgs.append(f"{key}: {tuple(state_dict[key].shape)} where {tuple(mine.shape)} is needed")
-                    return
-                mine.copy_(state_dict[key])
+            self.packed.copy_(state[key])
+            self.absmax.copy_(state[f"{key}.absmax"])
 
 
 class Adapted:
     """Mixed into the class of a module that has adapted weights."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+                              unexpected_keys: list[str], error_msgs: list[str]) -> None:
+        rest = dict(state_dict)
+        for leaf, weight in self.__dict__[_STATE].items():
+            if weight.stored is not None:
+                key = f"{prefix}{leaf}"
+                self._modules[leaf].load(state_dict, key, missing_keys, error_msgs)  # type: ignore[attr-defined]
+                rest = {name: value for name, value in rest.items() if name != key and not name.startswith(f"{key}.")}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         kind = type(self)
