@@ -82,7 +82,8 @@ class Loss(Pass):
             given.get("label_smoothing", 0.0), head.softcap, head.scale, self.chunk, mask), like=loss)
         new = _cast(edit, edit.call(operator.getitem, (call, 0), like=loss), meta.tensor(loss).dtype, loss)
         edit.replace(loss, new, rule=rule_here("head and loss"))
-        for node in (loss, *head.chain):
+        transposed = [x for x in head.linear.all_input_nodes if x.op == "call_function" and x is not head.hidden]
+        for node in (loss, *head.chain, *transposed):
             if not node.users:
                 edit.erase(node)
         for index in lazy:
@@ -112,7 +113,7 @@ class Head:
 
     def rows(self, edit: Edit, like: fx.Node) -> fx.Node:
         """The rows of `hidden` that the loss sees, [rows, width]: what was done to the logits, done before the head."""
-        x, width = self.hidden, meta.tensor(self.hidden).shape[-1]
+        x, width = self.hidden, static(meta.tensor(self.hidden).shape[-1])
         for node in reversed(self.shaping):
             if called(node, aten.slice.Tensor):
                 x = edit.call(node.target, (x, *node.args[1:]), like=like)
