@@ -144,7 +144,7 @@ def said(formula: Formula) -> str:
     """A formula in words."""
     if isinstance(formula, AtLeastZero):
         names = {-1: "k", -2: "q"}
-        terms = " ".join(f"{'-' if factor < 0 else '+'} {'' if abs(factor) == 1 else abs(factor)}{names.get(dim, f'i[{dim}]')}" for dim, factor in reversed(formula.value.terms))
+        terms = " ".join(f"{'-' if factor < 0 else '+'} {'' if abs(factor) == 1 else abs(factor)}{names.get(dim, f'i[{dim}]')}" for dim, factor in sorted(formula.value.terms, key=lambda term: -term[1]))
         return f"{terms.removeprefix('+ ')} >= {-formula.value.const}"
     if isinstance(formula, Data):
         return f"{formula.leaf} is not 0"
