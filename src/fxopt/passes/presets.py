@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from fxopt.passes.base import Pass
-from fxopt.passes.catalog import PASSES
+from fxopt.passes.canonicalize import Canonicalize
+from fxopt.passes.causal import Causal
+from fxopt.passes.dead_code import DeadCode
+from fxopt.passes.fuse import Fuse
+from fxopt.passes.lora import Lora
+from fxopt.passes.loss import Loss
 from fxopt.passes.pipeline import Pipeline, build
+from fxopt.passes.remat import Remat
 
 
 def exact() -> Pipeline:
     """What makes any training step cheaper and changes no result beyond rounding: fused ops, a causal mask by flag, a fused loss."""
-    return Pipeline((*_named("canonicalize", "causal", "fuse", "loss", "dead_code"),))
+    return Pipeline((Canonicalize(), Causal(), Fuse(), Loss(), DeadCode()))
 
 
-def finetune(rank: int = 16, alpha: float | None = None, quantize: str | None = None, targets: str | Sequence[str] | None = None,
+def finetune(rank: int = 16, alpha: float | None = None, quantize: str | None = None, targets: str | Sequence[str] = "all-linear",
              remat: bool = False) -> Pipeline:
     """LoRA fine-tuning: adapters on the linear layers, the rest frozen and perhaps quantized, then what `exact` does.
 
     Args:
         rank: rank of the adapters.
-        alpha: scale of the adapters (None: the default of the lora pass).
+        alpha: scale of the adapters; None is 2 * rank.
         quantize: a format for the frozen weights, such as "nf4"; None keeps them as they are.
-        targets: which layers take adapters; None is the default of the lora pass.
+        targets: which layers take adapters; see the lora pass.
         remat: recompute activations in the backward instead of keeping them.
+
+    Raises:
+        PassError: an argument that the passes do not take.
     """
-    given: dict[str, Any] = {"alpha": alpha, "targets": targets}
-    lora = build("lora", rank=rank, **{name: value for name, value in given.items() if value is not None})
-    stored = (build("quantize", quantize),) if quantize is not None else ()
-    return Pipeline((*_named("canonicalize", "causal"), lora, *stored, *_named("fuse", "loss", *(("remat",) if remat else ()), "dead_code")))
-
-
-def _named(*names: str) -> list[Pass]:
-    known = {cls.name for cls in PASSES}
-    return [build(name) for name in names if name in known]
+    adapters = Lora(rank, alpha, targets if isinstance(targets, str) else tuple(targets))
+    stored: tuple[Pass, ...] = (build("quantize", quantize),) if quantize is not None else ()
+    saved: tuple[Pass, ...] = (Remat(),) if remat else ()
+    return Pipeline((Canonicalize(), Causal(), adapters, *stored, Fuse(), Loss(), *saved, DeadCode()))
