@@ -146,6 +146,31 @@ def test_keys_that_depend_on_turned_queries_turn_alone() -> None:
     assert ops(fused(chained, X, q=Q, **TABLES)) == {"rope": 2}
 
 
+def partial(q, cos, sin):
+    return torch.cat((rope_of(q[..., :8], cos, sin), q[..., 8:]), dim=-1)
+
+
+def test_a_rotation_of_some_columns_is_one_op() -> None:
+    captured = fused(lambda x, q, cos, sin: partial(q, cos, sin) + x.sum(), X, q=weight(2, 4, 5, 12), **TABLES)
+    assert only(captured, "rope")["q"].target == "q" and not captured.calls("cat")
+
+
+def test_columns_in_another_place_stay() -> None:
+    def swapped(x, q, cos, sin):
+        return torch.cat((rope_of(q[..., 4:], cos, sin), q[..., :4]), dim=-1) + x.sum()
+
+    def doubled(x, q, cos, sin):
+        turned = rope_of(q[..., :8], cos, sin)
+        return torch.cat((turned, q[..., 8:]), dim=-1).sum() + turned.sum() + x.sum()
+
+    def viewed(x, q, cos, sin):
+        return partial(q.transpose(1, 2), cos.transpose(1, 2), sin.transpose(1, 2)).view(2, -1) + x.sum()
+
+    for fn in (swapped, doubled, viewed):
+        captured = fused(fn, X, q=weight(2, 4, 5, 12), **TABLES)
+        assert captured.calls("cat") and only(captured, "rope")["q"].op != "get_attr"
+
+
 def test_trained_tables_stay() -> None:
     captured = fused(lambda x, q, cos, sin: rope_of(q, cos, sin) + x.sum(), X, q=Q, cos=weight(1, 1, 5, 8), sin=weight(1, 1, 5, 8, seed=4))
     assert not ops(captured) and "the tables are trained" in captured.misses

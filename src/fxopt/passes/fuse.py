@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,13 +14,16 @@ import torch
 import torch.fx as fx
 
 from fxopt.ir import meta
-from fxopt.ir.edit import Edit
-from fxopt.ir.index import Flow, called, same_strides, static, viewed
+from fxopt.ir.edit import Edit, rule_here
+from fxopt.ir.index import Flow, called, full_arguments, same_strides, static, viewed
 from fxopt.ir.pattern import Match, Matcher, Near
-from fxopt.kernels.catalog import CATALOG
+from fxopt.kernels.catalog import CATALOG, rope
 from fxopt.kernels.op import FusedOp, Pattern
 from fxopt.kernels.tolerance import eager_error, excess
 from fxopt.passes.base import Pass, Promise
+aten = torch.ops.aten
+_ROPE = rope.overload
+
 
 @dataclass(frozen=True)
 class Fuse(Pass):
@@ -44,6 +48,7 @@ class Fuse(Pass):
         for rule in rules():
             if not self.ops or rule.op.name in self.ops:
                 nears += rule.apply(edit)
+        widen_rotations(edit)
         join_rotations(edit)
         _report(edit, nears)
 
@@ -171,12 +176,44 @@ def _unproven(op: FusedOp, pattern: Pattern, dtypes: tuple[torch.dtype, ...]) ->
     return None if excess(got, truth, error) <= 0 else f"for inputs of {said} the op rounds more than this does"
 
 
+def widen_rotations(edit: Edit) -> None:
+    """A rotation of the first columns, put back before the others, is a rotation of the whole: the op copies the rest."""
+    for cat in edit.nodes:
+        if not called(cat, aten.cat.default) or len(cat.args[0]) != 2:
+            continue
+        turned, rest = cat.args[0]
+        if not called(turned, operator.getitem) or not called(turned.args[0], _ROPE) or not called(rest, aten.slice.Tensor):
+            continue
+        single, part = turned.args[0], turned.args[0].args[0]
+        if single.args[1] is not None or not called(part, aten.slice.Tensor) or part.args[0] is not rest.args[0]:
+            continue
+        last = {full_arguments(node)["dim"] for node in (part, rest)} | {full_arguments(cat)["dim"]}
+        width = static(meta.tensor(turned).shape[-1])
+        ends = (part.args[2:], rest.args[2:])
+        if last != {-1} or ends != ((0, width), (width, sys.maxsize)):
+            continue
+        outside = [user for node in (single, turned) for user in node.users if user not in (turned, cat)]
+        if outside:
+            edit.missed("rope.partial", cat, f"the turned columns are also read by `{outside[0].name}`")
+            continue
+        call = edit.call(_ROPE, (part.args[0], *single.args[1:]), like=cat)
+        new = edit.call(operator.getitem, (call, 0), like=cat)
+        if not same_strides(meta.tensor(new), meta.tensor(cat)) and (view := viewed(cat)) is not None:
+            edit.missed("rope.partial", cat, f"the op returns other strides, and `{view.name}` may depend on them")
+            edit.erase(new)
+            edit.erase(call)
+            continue
+        edit.replace(cat, new, rule=rule_here("rope.partial"))
+        for node in (cat, turned, single, part, rest):
+            if not node.users:
+                edit.erase(node)
+
+
 def join_rotations(edit: Edit) -> None:
     """Two rotations by the same tables in one module become one op, which reads the tables once."""
-    rope = torch.ops.fxopt.rope.default
     waiting: dict[Any, fx.Node] = {}
     for node in edit.nodes:
-        if not called(node, rope) or node.args[1] is not None:
+        if not called(node, _ROPE) or node.args[1] is not None:
             continue
         key = (*node.args[2:], meta.provenance(node).path)
         first = waiting.pop(key, None)
@@ -192,7 +229,7 @@ def join_rotations(edit: Edit) -> None:
         else:
             waiting[key] = node
             continue
-        both = edit.call(rope, (first.args[0], node.args[0], *node.args[2:]), like=node, before=place)
+        both = edit.call(_ROPE, (first.args[0], node.args[0], *node.args[2:]), like=node, before=place)
         for i, old in enumerate(turned):
             edit.replace(old, edit.call(operator.getitem, (both, i), like=old, before=place))
             edit.erase(old)
