@@ -202,13 +202,16 @@ def one_editor(path: str, text: str) -> list[str]:
 
 
 def imports_at_the_top(path: str, text: str) -> list[str]:
-    """Nothing is imported inside a function, except by the command line and by what loads Triton."""
+    """Nothing is imported inside a function, except by the command line, by what loads Triton, and by the lazy public names."""
     if path == "src/fxopt/cli.py" or re.fullmatch(r"src/fxopt/kernels/\w+/triton\.py", path):
         return []
     found = []
     for function in ast.walk(ast.parse(text)):
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             found += [_at(path, node, f"imports {name} inside a function") for node, name in _imports(function)]
+            if part_of(path) is not None and path not in ("src/fxopt/__init__.py", "src/fxopt/kernels/op.py"):
+                found += [_at(path, node, "imports by name inside a function") for node in ast.walk(function)
+                          if isinstance(node, ast.Call) and _called(node) == "import_module"]
     return found
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, ViTConfig
 
+import fxopt
 from fxopt.cli import main
 
 MODULE = '''
@@ -53,6 +54,12 @@ def test_help_does_not_import_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "dump" in done.stdout
+
+
+def test_public_names_are_there() -> None:
+    assert all(getattr(fxopt, name) is not None for name in fxopt.__all__) and set(fxopt.__all__) <= set(dir(fxopt))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        fxopt.nothing  # noqa: B018
 
 
 def test_python_dash_m(here: Path) -> None:

@@ -78,6 +78,7 @@ BAD: list[tuple[Rule, str, str]] = [
     (house.imports_at_the_top, "src/fxopt/passes/x.py", "def f():\n    import torch"),
     (house.imports_at_the_top, "src/fxopt/kernels/rope/body.py", "def f():\n    def g():\n        from triton import jit"),
     (house.imports_at_the_top, "tests/x.py", "class T:\n    def f(self):\n        import torch"),
+    (house.imports_at_the_top, "src/fxopt/passes/x.py", "def f():\n    importlib.import_module('torch')"),
     (house.hypothesis_in_tests, "src/fxopt/kernels/rope/body.py", "from hypothesis import given"),
     (house.hypothesis_in_tests, "bench/x.py", "import hypothesis.strategies"),
     (house.no_machine, "src/fxopt/x.py", "path = '/" + "home/me/x'"),

@@ -1,9 +1,33 @@
 """fxopt: a compiler-style model-transform library for PyTorch."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fxopt import errors
-from fxopt.api import Optimized, optimize
-from fxopt.passes import presets
-from fxopt.passes.pipeline import Pipeline, parse
-from fxopt.runtime.loop import fit
+
+if TYPE_CHECKING:
+    from fxopt.api import Optimized, optimize
+    from fxopt.passes import presets
+    from fxopt.passes.pipeline import Pipeline, parse
+    from fxopt.runtime.loop import fit
 
 __all__ = ["Optimized", "Pipeline", "errors", "fit", "optimize", "parse", "presets"]
+
+# Loaded when first asked for: importing torch takes seconds, and `fxopt --help` needs none of it.
+_PLACES = {"Optimized": "fxopt.api", "optimize": "fxopt.api", "Pipeline": "fxopt.passes.pipeline", "parse": "fxopt.passes.pipeline",
+           "fit": "fxopt.runtime.loop", "presets": "fxopt.passes.presets"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'fxopt' has no attribute {name!r}")
+    module = importlib.import_module(_PLACES[name])
+    found = module if name == "presets" else getattr(module, name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
