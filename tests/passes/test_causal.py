@@ -13,7 +13,7 @@ from zoo import Captured, data, family, function, weight
 from fxopt.errors import CheckError
 from fxopt.ir.formula import EVERYWHERE, Affine, All, AtLeastZero, Data, Not, inputs_of, said, simplify
 from fxopt.ir.masks import Reader, Unknown
-from fxopt.ir.program import Assumption
+from fxopt.ir.program import Assumption, AtMost
 from fxopt.passes.causal import Causal
 
 # with a mask input, without one: rules that fire, and how often
@@ -162,6 +162,14 @@ def prefix(x, pad):
     return le(x, pad) | (positions(x)[None, :] < 2)
 
 
+def local(x, pad):
+    return (positions(x)[None, :] - positions(x)[:, None]).abs() <= 2
+
+
+def far(x, pad):
+    return (positions(x)[None, :] - positions(x)[:, None]).abs() >= 2
+
+
 def soft(x, pad):
     return torch.where(le(x, pad), 0.0, -10000.0)
 
@@ -188,7 +196,7 @@ def documents(x, pad):
 
 CAUSAL = [le, tril, not_triu, float_triu, filled, chosen, from_bits, shifted, padded, padded_sum, padded_fill, padded_or, covering_window, packed_in_order]
 FULL = [full, only_padding, queries_from_zero]
-NEITHER = [strict, lookahead, window, anti_causal, chunks, prefix, soft, biased, counts, from_end, step_two, documents]
+NEITHER = [strict, lookahead, window, anti_causal, chunks, prefix, local, far, soft, biased, counts, from_end, step_two, documents]
 
 
 def attention(mask) -> Captured:
@@ -276,6 +284,31 @@ def test_a_static_window_that_covers_all_is_none() -> None:
         return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
 
     assert function(fn, data(3, 4), w=weight(1, 2, 6, 4)).after("canonicalize").check(Causal()).rules == {"causal mask": 1}
+
+
+def wide_window(x, pad):
+    return padded(x, pad) & (positions(x)[None, :] > positions(x)[:, None] - 7)
+
+
+def wide_local(x, pad):
+    return (positions(x)[None, :] - positions(x)[:, None]).abs() < 8
+
+
+def test_windows_wider_than_the_call_are_assumed_away() -> None:
+    after = attention(wide_window).check(Causal())
+    assert after.rules == {"causal mask": 1} and after.program.assumptions == (Assumption("tensors_1"), AtMost("tensors_0", 1, 7))
+    assert AtMost("tensors_0", 1, 7).holds(torch.zeros(2, 7, 8)) and not AtMost("tensors_0", 1, 7).holds(torch.zeros(2, 8, 8))
+    assert attention(wide_window).check(Causal(assume=False)).rules == {}
+    after = attention(wide_local).check(Causal())
+    assert after.rules == {"full mask": 1} and after.program.assumptions == (AtMost("tensors_0", 1, 8),)
+
+
+def test_a_window_hides_nothing_up_to_its_size_and_no_further() -> None:
+    for length, equal in ((6, True), (7, True), (8, False)):
+        mask = wide_window(torch.zeros(2, length, 8), torch.ones(2, length))
+        assert torch.equal(mask[0, 0], torch.ones(length, length, dtype=torch.bool).tril()) is equal
+        mask = wide_local(torch.zeros(2, length + 1, 8), None)
+        assert bool(mask.all()) is equal
 
 
 def test_dropout_and_scale_stay() -> None:

@@ -34,6 +34,16 @@ class Affine:
 
 
 @dataclass(frozen=True)
+class Distance:
+    """The absolute value of an integer expression."""
+
+    value: Affine
+
+    def at(self, where: Mapping[int, Affine]) -> Distance:
+        return Distance(self.value.at(where))
+
+
+@dataclass(frozen=True)
 class AtLeastZero:
     """Where `value >= 0`."""
 
@@ -87,7 +97,7 @@ class Choice:
 
 
 Formula = AtLeastZero | Data | All | Not
-Value = Affine | Formula | Choice
+Value = Affine | Distance | Formula | Choice
 EVERYWHERE = All(())
 
 

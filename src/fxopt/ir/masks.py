@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from fxopt.ir import meta
-from fxopt.ir.formula import EVERYWHERE, Affine, All, AtLeastZero, Choice, Data, Formula, Not, Value, either, simplify
+from fxopt.ir.formula import EVERYWHERE, Affine, All, AtLeastZero, Choice, Data, Distance, Formula, Not, Value, either, simplify
 from fxopt.ir.index import full_arguments
 
 aten = torch.ops.aten
@@ -107,6 +107,8 @@ class Reader:
     def formula(self, node: fx.Node, value: Any) -> Formula:
         """An operand as a formula: where it is non-zero."""
         found = self.operand(node, value) if isinstance(value, (fx.Node, bool, int, float)) else value
+        if isinstance(found, Distance):
+            found = found.value
         if isinstance(found, Affine):
             if found.terms:
                 return Not(All((AtLeastZero(found), AtLeastZero(Affine(0).plus(found, -1)))))
@@ -123,7 +125,7 @@ class Reader:
             return found
         if isinstance(found, Affine) and not found.terms:
             return Choice(EVERYWHERE, found.const, found.const)
-        if isinstance(found, Affine) or (isinstance(found, Data) and meta.tensor(value).dtype != torch.bool):
+        if isinstance(found, (Affine, Distance)) or (isinstance(found, Data) and meta.tensor(value).dtype != torch.bool):
             raise Unknown(node, f"`{node.name}` computes a mask from values, not from whether they are zero")
         return Choice(found, 1.0, 0.0)
 
@@ -209,8 +211,26 @@ def _compare(test: Callable[[Reader, fx.Node, Affine], Formula]) -> Callable[...
         a, b = reader.operand(node, given["self"]), reader.operand(node, given["other"])
         if isinstance(a, Data) and b == Affine(0) and test in (_equal, _unequal):
             return a if test is _unequal else Not(a)
+        if isinstance(a, Distance) and isinstance(b, Affine) and test in (_at_most, _below):  # |gap| <= b: both gaps are
+            return All(tuple(test(reader, node, gap.plus(b, -1)) for gap in (a.value, Affine(0).plus(a.value, -1))))
         return test(reader, node, reader.integer(node, given["self"]).plus(reader.integer(node, given["other"]), -1))
     return rule
+
+
+def _at_least(reader: Reader, node: fx.Node, gap: Affine) -> Formula:
+    return AtLeastZero(gap)
+
+
+def _above(reader: Reader, node: fx.Node, gap: Affine) -> Formula:
+    return AtLeastZero(Affine(-1).plus(gap))
+
+
+def _at_most(reader: Reader, node: fx.Node, gap: Affine) -> Formula:
+    return AtLeastZero(Affine(0).plus(gap, -1))
+
+
+def _below(reader: Reader, node: fx.Node, gap: Affine) -> Formula:
+    return AtLeastZero(Affine(-1).plus(gap, -1))
 
 
 def _equal(reader: Reader, node: fx.Node, gap: Affine) -> Formula:
@@ -233,6 +253,10 @@ def _sum(times: int) -> Callable[..., Value]:
             return Choice(All((a.where, b.where)), 0.0, max(a.no, b.no))
         return _mapped(node, a, b, lambda x, y: x + times * y)
     return rule
+
+
+def _distance(reader: Reader, node: fx.Node, given: dict[str, Any]) -> Value:
+    return Distance(reader.integer(node, given["self"]))
 
 
 def _product(reader: Reader, node: fx.Node, given: dict[str, Any]) -> Value:
@@ -353,15 +377,13 @@ _RULES: dict[Any, Callable[[Reader, fx.Node, dict[str, Any]], Value]] = {
     **{op: _full(0) for op in (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)},
     **{op: _full(None) for op in (aten.full.default, aten.new_full.default, aten.full_like.default)},
     aten.to.dtype: _cast, aten._to_copy.default: _cast,
-    **{op: _compare(lambda reader, node, gap: AtLeastZero(gap)) for op in (aten.ge.Tensor, aten.ge.Scalar)},
-    **{op: _compare(lambda reader, node, gap: AtLeastZero(Affine(-1).plus(gap))) for op in (aten.gt.Tensor, aten.gt.Scalar)},
-    **{op: _compare(lambda reader, node, gap: AtLeastZero(Affine(0).plus(gap, -1))) for op in (aten.le.Tensor, aten.le.Scalar)},
-    **{op: _compare(lambda reader, node, gap: AtLeastZero(Affine(-1).plus(gap, -1))) for op in (aten.lt.Tensor, aten.lt.Scalar)},
+    aten.ge.Tensor: _compare(_at_least), aten.ge.Scalar: _compare(_at_least), aten.gt.Tensor: _compare(_above), aten.gt.Scalar: _compare(_above),
+    aten.le.Tensor: _compare(_at_most), aten.le.Scalar: _compare(_at_most), aten.lt.Tensor: _compare(_below), aten.lt.Scalar: _compare(_below),
     aten.eq.Tensor: _compare(_equal), aten.eq.Scalar: _compare(_equal), aten.ne.Tensor: _compare(_unequal), aten.ne.Scalar: _compare(_unequal),
     aten.add.Tensor: _sum(1), aten.sub.Tensor: _sum(-1), aten.mul.Tensor: _product, aten.rsub.Scalar: _reversed_difference,
     aten.bitwise_and.Tensor: _and, aten.logical_and.default: _and, aten.bitwise_or.Tensor: _or, aten.logical_or.default: _or,
     aten.bitwise_not.default: _not, aten.logical_not.default: _not,
     **{op: _where for op in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)},
     aten.masked_fill.Scalar: _filled, aten.masked_fill.Tensor: _filled,
-    aten.tril.default: _triangle(1), aten.triu.default: _triangle(-1), aten.cumsum.default: _cumsum, aten.diff.default: _diff, aten.index.Tensor: _index,
+    aten.abs.default: _distance, aten.tril.default: _triangle(1), aten.triu.default: _triangle(-1), aten.cumsum.default: _cumsum, aten.diff.default: _diff, aten.index.Tensor: _index,
 }

@@ -138,6 +138,26 @@ class Assumption:
         """Whether `value` meets the assumption (one reduction; one synchronization on a GPU)."""
         return bool(value.all())
 
+    def said(self, name: str) -> str:
+        """The assumption in words; `name` is what the caller calls the input."""
+        return f"every element of {self.leaf} ({name}) is non-zero"
+
+
+@dataclass(frozen=True)
+class AtMost(Assumption):
+    """Dimension `dim` of the input is no longer than `size`."""
+
+    dim: int
+    size: int
+
+    def holds(self, value: torch.Tensor) -> bool:
+        """Whether `value` meets the assumption; reads no element."""
+        return value.shape[self.dim] <= self.size
+
+    def said(self, name: str) -> str:
+        """The assumption in words."""
+        return f"dimension {self.dim} of {self.leaf} ({name}) is at most {self.size}"
+
 
 @dataclass(frozen=True)
 class Lazy:

@@ -87,7 +87,7 @@ class _Writer:
                  f"# passes: {' | '.join(record.text for record in program.log) or 'none'}"]
         if program.facts:
             lines.append(f"# facts: {', '.join(sorted(map(str, program.facts)))}")
-        lines += [f"# assumes: every element of {a.leaf} ({named.get(a.leaf, '?')}) is non-zero" for a in program.assumptions]
+        lines += [f"# assumes: {a.said(named.get(a.leaf, '?'))}" for a in program.assumptions]
         lines += ["", "def program("]
         lines += [_line(f"{node.name},", [self.type(node), named[node.name]]) for node in program.placeholders]
         lines.append("):")

@@ -11,14 +11,15 @@ import torch.fx as fx
 
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit, rule_here
-from fxopt.ir.formula import EVERYWHERE, Affine, AtLeastZero, inputs_of, said, simplify
+from fxopt.ir.formula import EVERYWHERE, Affine, All, AtLeastZero, Formula, inputs_of, said, simplify
 from fxopt.ir.index import Flow, arguments, called, same_strides, static, viewed
 from fxopt.ir.masks import Reader, Unknown
-from fxopt.ir.program import Assumption
+from fxopt.ir.program import Assumption, AtMost
 from fxopt.passes.base import Pass, Promise
 
 aten = torch.ops.aten
 
+_GAPS = ([(-2, -1), (-1, 1)], [(-1, -1), (-2, 1)])  # k - q and q - k
 _CAUSAL = AtLeastZero(Affine(0, ((-2, 1), (-1, -1))))  # q - k >= 0
 
 
@@ -31,7 +32,8 @@ class Causal(Pass):
     grouped heads, attention without a mask takes them unrepeated.
 
     Args:
-        assume: whether the program may be for calls only in which a padding mask masks nothing. The caller checks it.
+        assume: whether the program may be for calls only in which a padding mask masks nothing and no sequence is longer
+            than a sliding window. The caller checks it.
     """
 
     assume: bool = True
@@ -64,6 +66,9 @@ class Causal(Pass):
         sizes = _sizes(meta.tensor(mask), given)
         leaves = inputs_of(simplify(formula, sizes, frozenset()))
         formula = simplify(formula, sizes, leaves if self.assume else frozenset())
+        windows: list[Assumption] = []
+        if self.assume:
+            formula, windows = without_windows(edit, formula, given["key"])
         queries, keys = meta.tensor(given["query"]).shape[-2], meta.tensor(given["key"]).shape[-2]
         if formula == _CAUSAL and not meta.same_size(queries, keys):
             edit.missed("mask", node, f"the mask is causal for {queries} queries and {keys} keys: their ends may not be aligned")
@@ -79,8 +84,8 @@ class Causal(Pass):
             edit.missed("mask", node, f"attention without a mask returns other strides, and `{view.name}` may depend on them")
             edit.erase(new)
             return node
-        for leaf in sorted(leaves) if self.assume else ():
-            edit.assume(Assumption(leaf))
+        for assumption in (*(Assumption(leaf) for leaf in sorted(leaves)), *windows) if self.assume else ():
+            edit.assume(assumption)
         edit.replace(node, new, rule=rule_here("causal mask" if causal else "full mask"))
         edit.erase(node)
         return new
@@ -95,6 +100,27 @@ def _sizes(mask: torch.Tensor, given: Mapping[str, Any]) -> dict[int, int | None
     scores = {-1: meta.tensor(given["key"]).shape[-2], -2: meta.tensor(given["query"]).shape[-2]}
     shape = {i - mask.dim(): size for i, size in enumerate(mask.shape)}
     return {dim: static(size) for dim, size in {**shape, **scores}.items()}
+
+
+def without_windows(edit: Edit, formula: Formula, key: fx.Node) -> tuple[Formula, list[Assumption]]:
+    """The formula without windows that are wider than the captured call is long, and what that assumes of the calls.
+
+    A window allows `q - k <= reach` (and, looking both ways, `k - q <= reach`). It hides nothing while there are no more
+    than reach + 1 positions. A window that is narrower than the captured call stays: the assumption would be idle.
+    """
+    length = meta.tensor(key).shape[-2]
+    found = [(node, dim) for node in edit.nodes if node.op == "placeholder" for dim, size in enumerate(meta.tensor(node).shape)
+             if static(size) is None and meta.same_size(size, length)]
+    parts = list(formula.parts) if isinstance(formula, All) else [formula]
+    windows = [part for part in parts if isinstance(part, AtLeastZero) and part.value.const > 0 and sorted(part.value.terms, key=lambda term: term[1]) in _GAPS]
+    if not found or not windows:
+        return formula, []
+    leaf, dim = found[0]
+    size = min(part.value.const for part in windows) + 1
+    if length.node.hint is None or length.node.hint > size:
+        return formula, []
+    kept = tuple(part for part in parts if part not in windows)
+    return kept[0] if len(kept) == 1 else All(kept), [AtMost(leaf.name, dim, size)]
 
 
 def ungroup(edit: Edit, node: fx.Node) -> None:
