@@ -71,7 +71,7 @@ def run(plan: Plan, *, base: str, checkpointing: bool, compiled: bool) -> dict[s
     parameters = [parameter for parameter in peft.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=0.0)
     factor = plan.factor()
-    state, progress = State(peft, optimizer, plan.steps), Progress(name="HF + PEFT")
+    state, progress = State(peft, optimizer, plan.steps), Progress(name=f"HF + PEFT {base}")
     padded: list[int] = []
     torch.manual_seed(plan.seed)
     peft.train()

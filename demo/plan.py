@@ -25,7 +25,7 @@ class Plan:
 
     folder: str
     """Where the run's files go: the first adapter, the records, the trained adapters."""
-    steps: int = 48
+    steps: int = 40
     batch: int = 16
     """Examples per step."""
     held_out: int = 64

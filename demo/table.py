@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 import platform
 from typing import Any
@@ -96,20 +96,26 @@ def show(
 
 def _comparison(records: Sequence[dict[str, Any]]) -> Table:
     table = Table(title="Fine-tuning SmolLM2-135M-Instruct", title_justify="left")
-    for column in ("system", "held-out loss", "perplexity", "real tokens/s", "step", "prepare", "peak", "above weights"):
-        table.add_column(column, justify="left" if column == "system" else "right")
+    table.add_column("")
     for record in records:
-        before, after, memory = record["held_out_before"], record["held_out_after"], record["memory"]
-        table.add_row(
-            record["system"],
-            f"{before:.3f} → {after:.3f}",
-            f"{perplexity(before):.1f} → {perplexity(after):.1f}",
-            f"{record['tokens_per_second']:.0f}",
-            f"{record['step_seconds']:.2f} s",
-            f"{record['prepare_seconds']:.0f} s",
-            f"{memory['peak'] / 2**30:.2f} GiB",
-            f"{memory['above'] / 2**30:.2f} GiB",
-        )
+        table.add_column(record["system"], justify="right")
+
+    def row(name: str, value: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(name, *(value(record) for record in records))
+
+    def gib(part: str) -> Callable[[dict[str, Any]], str]:
+        return lambda record: f"{record['memory'][part] / 2**30:.2f} GiB"
+
+    row("held-out loss before", lambda r: f"{r['held_out_before']:.4f}")
+    row("held-out loss after", lambda r: f"{r['held_out_after']:.4f}")
+    row("perplexity before", lambda r: f"{perplexity(r['held_out_before']):.1f}")
+    row("perplexity after", lambda r: f"{perplexity(r['held_out_after']):.1f}")
+    row("real tokens per second", lambda r: f"{r['tokens_per_second']:.0f}")
+    row("seconds per step", lambda r: f"{r['step_seconds']:.2f}")
+    row("seconds to prepare", lambda r: f"{r['prepare_seconds']:.0f}")
+    row("peak memory in training", gib("peak"))
+    row("  of it above the weights", gib("above"))
+    row("peak memory before", gib("before"))
     return table
 
 
@@ -118,7 +124,7 @@ def _curves(ours: dict[str, Any], peers: Sequence[dict[str, Any]]) -> Table:
     table.add_column("step", justify="right")
     for record in (ours, *peers):
         table.add_column(record["system"], justify="right")
-    table.add_column("relative difference", justify="right")
+    table.add_column("difference", justify="right")
     differences = relative_differences(ours["losses"], peers[0]["losses"])
     every = max(1, len(differences) // 8)
     for step in sorted({*range(0, len(differences), every), len(differences) - 1}):
@@ -130,7 +136,7 @@ def _curves(ours: dict[str, Any], peers: Sequence[dict[str, Any]]) -> Table:
 def _answers(plan: Plan, ours: dict[str, Any]) -> Table:
     table = Table(title="Held-out words", title_justify="left", show_lines=True)
     for column in ("word", "before", "after", "dictionary"):
-        table.add_column(column)
+        table.add_column(column, ratio=None if column == "word" else 1)
     for entry, before, after in zip(sample_words(plan), ours["answers_before"], ours["answers_after"], strict=True):
         table.add_row(entry.word, before, after, entry.gloss)
     return table
