@@ -92,6 +92,8 @@ FORMS = {
     "other ignored label": lambda h, y, w, b: F.cross_entropy(F.linear(h, w).view(-1, 19), y.view(-1), ignore_index=4),
     "capped and scaled": lambda h, y, w, b: F.cross_entropy((torch.tanh(F.linear(h, w) * 0.5 / 3.0) * 3.0).view(-1, 19), y.view(-1)),
     "scaled by two factors": lambda h, y, w, b: F.cross_entropy((F.linear(h, w) / 4.0 * 2.0).view(-1, 19), y.view(-1)),
+    "bias added": lambda h, y, w, b: F.cross_entropy((F.linear(h, w) + b).view(-1, 19), y.view(-1)),
+    "bias of rank two": lambda h, y, w, b: F.cross_entropy((b[None, :] + F.linear(h, w)).view(-1, 19), y.view(-1)),
     "in fp32": lambda h, y, w, b: F.cross_entropy(F.linear(h.bfloat16(), w.bfloat16()).float().view(-1, 19), y.view(-1)),
     "in bf16": lambda h, y, w, b: F.cross_entropy(F.linear(h.bfloat16(), w.bfloat16()).view(-1, 19), y.view(-1)),
 }
@@ -107,7 +109,8 @@ def test_forms(name: str) -> None:
     captured = head(FORMS[name])
     got = only(captured)
     assert got["hidden"].meta["val"].shape[-1] == 8
-    wide = [node for node in captured.program.nodes if node.op == "call_function" and getattr(node.meta["val"], "ndim", 0) > 1 and node.meta["val"].shape[-1] == 19]
+    wide = [node for node in captured.program.nodes if node.op == "call_function" and getattr(node.meta["val"], "ndim", 0) > 1 and node.meta["val"].shape[-1] == 19
+            and node.meta["val"].shape[0] != 1]
     assert not wide, "no logits are left"
 
 
@@ -123,6 +126,9 @@ LEFT = {
     "some classes": (lambda h, y, w, b: F.cross_entropy(F.linear(h, w)[..., :10].reshape(-1, 10), y.view(-1) % 10), "selects some of the classes"),
     "mixed rows": (lambda h, y, w, b: F.cross_entropy(F.linear(h, w).view(-1, 38), y[:, ::2].reshape(-1)), "mixes rows and classes"),
     "another function": (lambda h, y, w, b: F.cross_entropy(torch.relu(F.linear(h, w)).view(-1, 19), y.view(-1)), "not from a linear head"),
+    "a second bias": (lambda h, y, w, b: F.cross_entropy((F.linear(h, w, b) + b).view(-1, 19), y.view(-1)), "without bias"),
+    "a scaled product": (lambda h, y, w, b: F.cross_entropy((F.linear(h, w) * 2.0 + b).view(-1, 19), y.view(-1)), "without bias"),
+    "a bias per row": (lambda h, y, w, b: F.cross_entropy((F.linear(h, w) + h[..., :1]).view(-1, 19), y.view(-1)), "not from a linear head"),
     "two caps": (lambda h, y, w, b: F.cross_entropy(torch.tanh(torch.tanh(F.linear(h, w))).view(-1, 19), y.view(-1)), "second tanh"),
     "a negative cap": (lambda h, y, w, b: F.cross_entropy((torch.tanh(F.linear(h, w)) * -3.0).view(-1, 19), y.view(-1)), "not positive"),
     "narrowed": (lambda h, y, w, b: F.cross_entropy(F.linear(h, w).bfloat16().view(-1, 19), y.view(-1)), "narrows the logits"),

@@ -76,6 +76,8 @@ class Loss(Pass):
             return "the model returns the logits, and they are to be kept"
         dtype = meta.tensor(head.linear).dtype  # under autocast this is not the inputs' dtype: cast as autocast does
         hidden, weight, bias = (_cast(edit, x, dtype, loss) for x in (head.rows(edit, loss), head.weight, head.bias))
+        if bias is not None and meta.tensor(bias).dim() > 1:
+            bias = edit.call(aten.reshape.default, (bias, [classes]), like=loss)
         mask = [trains and edit.source.grad for trains in (_trains(edit, head.hidden), _trains(edit, head.weight), _trains(edit, head.bias))]
         call = edit.call(linear_cross_entropy.overload, (
             hidden, weight, bias, target, given.get("ignore_index", -100), _REDUCTIONS[given.get("reduction", 1)],
@@ -96,7 +98,7 @@ class Head:
     """A head read backwards from the loss.
 
     Attributes:
-        linear: the node of the product. hidden, weight [classes, width], bias: its inputs.
+        linear: the node of the product. hidden, weight [classes, width], bias [classes] or [1, classes]: its inputs.
         scale, softcap: `softcap * tanh(scale * logits / softcap)`; softcap 0.0 for none.
         chain: the nodes from the loss to the linear, nearest to the loss first.
         shaping: those of them that select or flatten rows.
@@ -131,6 +133,7 @@ def read_head(node: fx.Node) -> Head | str:
     scale, softcap = 1.0, 0.0
     after = 1.0  # factors seen so far, on the loss's side of a tanh
     capped: fx.Node | None = None
+    late: fx.Node | None = None  # a bias that is added to the product
     classes = meta.tensor(node).shape[-1]
     while True:
         chain.append(node)
@@ -152,6 +155,10 @@ def read_head(node: fx.Node) -> Head | str:
             if capped is not None or after <= 0:
                 return f"`{node.name}` is a second tanh, or the cap is not positive"
             capped, softcap, after = node, after, 1.0
+        elif called(node, aten.add.Tensor) and (added := _added(node)) is not None:
+            x, late = added
+            if not called(x, aten.linear.default) or len(x.args) > 2:
+                return f"`{node.name}` adds to what is not a linear head without bias"
         elif not called(node, aten.contiguous.default, aten.alias.default):
             break
         node = x
@@ -162,7 +169,19 @@ def read_head(node: fx.Node) -> Head | str:
         parts = (node.args[0], node.args[1].args[0], None)
     else:
         return f"the logits come from `{node.name}` ({node.target if node.op == 'call_function' else node.op}), not from a linear head"
-    return Head(node, *parts, scale, softcap, chain, shaping)
+    hidden, weight, bias = parts
+    return Head(node, hidden, weight, bias if late is None else late, scale, softcap, chain, shaping)
+
+
+def _added(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(logits, bias) of a sum of logits with one number per class, [classes] or [1, ..., classes]."""
+    if len(node.args) != 2 or node.kwargs or not all(isinstance(x, fx.Node) for x in node.args):
+        return None
+    for x, bias in (node.args, reversed(node.args)):
+        val = meta.tensor(bias)
+        if val.dim() and val.dtype == meta.tensor(x).dtype and meta.same_shape(meta.tensor(x), meta.tensor(node)) and all(static(size) == 1 for size in val.shape[:-1]) and meta.same_size(val.shape[-1], meta.tensor(node).shape[-1]):
+            return x, bias
+    return None
 
 
 def outputs_of(edit: Edit, head: Head, loss: fx.Node) -> list[int] | str:
