@@ -16,7 +16,7 @@ from fxopt.errors import CallError, CaptureError
 from fxopt.ir import regions
 from fxopt.ir.capture import Call, capture, guards
 from fxopt.ir.partition import min_cut, save_all
-from fxopt.ir.program import Program, ShapeGuards
+from fxopt.ir.program import Assumption, Program, ShapeGuards
 from fxopt.passes import pipeline as pipelines
 from fxopt.passes.pipeline import Pipeline
 from fxopt.runtime import adapted, selfcheck
@@ -50,6 +50,7 @@ class Entry:
 
     raw: Program
     guards: ShapeGuards
+    assumptions: tuple[Assumption, ...] | None = None
     assuming: Lowered | None = None
     plain: Lowered | None = None
     edges: set[Any] = field(default_factory=set)
@@ -127,15 +128,18 @@ class Dispatcher:
                 tuple((p.requires_grad, p.dtype) for p in self.model.parameters()))
 
     def _variant(self, entry: Entry, call: Call) -> Lowered:
-        found = entry.assuming
-        if found is not None:
-            index = {node.name: i for i, node in enumerate(found.program.placeholders)}
-            if not all(a.holds(call.tensors[index[a.leaf]]) for a in found.program.assumptions):
-                found = None
+        """The entry's program for a call: with the assumptions if the call meets them, else without. Made when first needed."""
+        if entry.assumptions is None:
+            entry.assumptions = _assumptions(self.passes, entry.raw)
+        index = {node.name: i for i, node in enumerate(entry.raw.placeholders)}
+        assuming = bool(entry.assumptions) and all(a.holds(call.tensors[index[a.leaf]]) for a in entry.assumptions)
+        found = entry.assuming if assuming else entry.plain
         if found is None:
-            if entry.plain is None:
-                entry.plain = self._lower(entry.raw, _without_assumptions(self.passes), call)
-            found = entry.plain
+            found = self._lower(entry.raw, self.passes if assuming or not entry.assumptions else _without_assumptions(self.passes), call)
+            if assuming:
+                entry.assuming = found
+            else:
+                entry.plain = found
         if found.binding is None or found.binding.stale():
             found.binding = self._bind(found)
         return found
@@ -161,20 +165,14 @@ class Dispatcher:
         with adapted.skeleton(self.model):
             raw = capture(self.model, call, exact=any(r.startswith(_EDGE) for r in reasons))
         self._note_hooks()
-        first = not self.installed
-        if self.check and first:
-            raw_outcome = self._compare_original(raw, call) if self._changes_function() else None
         entry = Entry(raw, guards(raw))
-        lowered = self._lower(raw, self.passes, call)
-        if lowered.program.assumptions:
-            entry.assuming = lowered
-        else:
-            entry.plain = lowered
-        if self.check and first and raw_outcome is not None:
-            lowered.checks.append(f"capture against the model: {raw_outcome}")
+        small = self._small(entry, call) if self.check else call
+        outcome = self._compare_original(raw, small) if self.check and not self.installed and self._changes_function() else None
         usable = self._variant(entry, call)
+        if outcome is not None:
+            usable.checks.append(f"capture against the model: {outcome}")
         if self.check:
-            usable.checks.append(f"program against {'its graph' if self._changes_function() else 'the model'}: {self._compare_lowered(usable, call)}")
+            usable.checks.append(f"program against {'its graph' if self._changes_function() else 'the model'}: {self._compare_lowered(usable, small)}")
         self.entries.setdefault(self.key(call), []).append(entry)  # the passes may have changed what takes a gradient
         return entry
 
@@ -200,6 +198,21 @@ class Dispatcher:
         return any(p.promise.values == "bounded" or p.promise.gradients == "declared" for p in self.passes)
 
     # -- checking --------------------------------------------------------------------------------------------------
+
+    def _small(self, entry: Entry, call: Call) -> Call:
+        """The call cut to its first two samples, if all its tensors have a batch and the program covers two: checks cost less."""
+        sizes = {t.shape[0] if t.dim() else 0 for t in call.tensors}
+        if len(sizes) != 1 or sizes.pop() <= 2:
+            return call
+        tensors = tuple(t.detach()[:2].clone().requires_grad_(t.requires_grad) for t in call.tensors)
+        if entry.guards.check(tuple(tuple(t.shape) for t in tensors)) != "ok":
+            return call
+        flat = [o for o in pytree.tree_leaves(self._peek(Call(call.spec, call.leaves, tensors))) if isinstance(o, torch.Tensor) and o.is_floating_point()]
+        return Call(call.spec, call.leaves, tensors) if all(bool(o.isfinite().all()) for o in flat) else call
+
+    def _peek(self, call: Call) -> Any:
+        """The model's outputs, with state and random state put back."""
+        return selfcheck.outputs(self.model, lambda: self._original(call), call.tensors, SEED)
 
     def _original(self, call: Call) -> Any:
         args, kwargs = call.rebuild(call.tensors)
@@ -255,6 +268,14 @@ class Dispatcher:
         if text not in self.notes:
             self.notes.append(text)
             log.warning("fxopt: %s", text)
+
+
+def _assumptions(passes: Pipeline, raw: Program) -> tuple[Assumption, ...]:
+    """What the pipeline would assume of the inputs: its passes are run up to the last one that may assume something."""
+    may = [i for i, p in enumerate(passes) if getattr(p, "assume", False)]
+    if not may:
+        return ()
+    return pipelines.run(Pipeline(tuple(passes)[: may[-1] + 1]), raw).assumptions
 
 
 def _read(program: Program, name: str) -> bool:

@@ -208,6 +208,7 @@ class Edit:
         self.rewrites: list[Rewrite] = []
         self.misses: list[Miss] = []
         self.notes: list[str] = []
+        self.values: dict[Any, Any] = {}
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -234,8 +235,11 @@ class Edit:
             node = self.graph.call_function(target, args, kwargs or {})
         self._stamp(node, like)
         fake = pytree.tree_map(lambda a: a.meta["val"] if isinstance(a, fx.Node) else a, (args, kwargs or {}))
-        with self.source.fake_mode, torch.no_grad():
-            node.meta["val"] = target(*fake[0], **fake[1])
+        key = (target, pytree.tree_structure(fake), *map(meta.signature, pytree.tree_leaves(fake)))
+        if key not in self.values:  # equal layers ask the same question many times; a fake run with symbolic sizes takes 2 ms
+            with self.source.fake_mode, torch.no_grad():
+                self.values[key] = target(*fake[0], **fake[1])
+        node.meta["val"] = self.values[key]
         return node
 
     def item(self, node: fx.Node, index: int, *, like: fx.Node) -> fx.Node:

@@ -92,6 +92,15 @@ def describe(val: Any) -> str:
     return str(val)
 
 
+def signature(val: Any) -> Any:
+    """What a value is to a fake run: dtype, device, sizes and strides of a tensor, the expression of a size."""
+    if isinstance(val, torch.Tensor):
+        return val.dtype, val.device, tuple(map(signature, val.shape)), tuple(map(signature, val.stride())) if val.layout is torch.strided else None
+    if isinstance(val, torch.SymInt):
+        return "size", val.node.expr
+    return type(val), val
+
+
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes (int or SymInt) are equal by structure, without adding a guard."""
     if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):

@@ -54,15 +54,25 @@ def _restored(model: nn.Module, devices: Sequence[int]) -> Iterator[None]:
                         live.copy_(kept)
 
 
+def outputs(model: nn.Module, run: Callable[[], Any], inputs: Sequence[torch.Tensor], seed: int) -> list[Any]:
+    """The flat outputs of a run under a seed, without gradients; state and random state are put back."""
+    with _restored(model, _devices(model, inputs)), torch.no_grad():
+        torch.manual_seed(seed)
+        return pytree.tree_leaves(run())
+
+
+def _devices(model: nn.Module, inputs: Sequence[torch.Tensor]) -> list[int]:
+    return sorted({t.device.index or 0 for t in (*inputs, *model.parameters()) if t.device.type == "cuda"})
+
+
 def step(model: nn.Module, run: Callable[[], Any], inputs: Sequence[torch.Tensor], seed: int) -> Step:
     """Run once under a seed, take all gradients of the sum of the losses (or of a fixed random projection of the outputs)."""
-    devices = sorted({t.device.index or 0 for t in (*inputs, *model.parameters()) if t.device.type == "cuda"})
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     named += [(f"input {i}", t) for i, t in enumerate(inputs) if t.requires_grad]
     total = sum(p.numel() * p.element_size() for _, p in named)
     stride = max(1, -(-total // GRADIENT_BYTES))
     chosen = named[::stride]
-    with _restored(model, devices):
+    with _restored(model, _devices(model, inputs)):
         torch.manual_seed(seed)
         outputs = pytree.tree_leaves(run())
         gradients: dict[str, torch.Tensor | None] = {name: None for name, _ in chosen}
