@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 WIDTH = 8
 VOCABULARY = 13
 IGNORED = -100
+SIZE = (3, 5)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class Spec:
         head: "none", or how a cross-entropy loss is spelled.
         outputs: what is returned: "value", "tuple", "dict".
         training: mode.
-        seed: of parameters and inputs.
+        seed: of parameters and inputs; every second one wants gradients of float inputs, every third masks nothing.
+        static: whether the module fixes batch size and length to SIZE.
+        dtype: of parameters and float inputs.
     """
 
     steps: tuple[Step, ...]
@@ -51,6 +54,8 @@ class Spec:
     outputs: str = "dict"
     training: bool = True
     seed: int = 0
+    static: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass
@@ -316,6 +321,8 @@ class Random(nn.Module):
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, labels: torch.Tensor | None = None) -> Any:
         if self.embed is not None:
             x = self.embed(x)
+        if self.spec.static:
+            x = x.view(*SIZE, WIDTH)
         middle = x
         for block in self.blocks:
             x, middle = block(x, Context(mask))
@@ -350,11 +357,12 @@ steps = st.builds(Step, st.sampled_from(sorted(KINDS)), st.integers(0, 3), st.in
 def specs(min_steps: int = 3, max_steps: int = 12) -> st.SearchStrategy[Spec]:
     """Random programs; the steps of one block times the number of blocks is at most 25."""
     return st.builds(Spec, st.lists(steps, min_size=min_steps, max_size=max_steps).map(tuple), st.integers(1, 2), st.booleans(), st.sampled_from(HEADS),
-                     st.sampled_from(("dict", "tuple", "value")), st.sampled_from((True, True, False)), st.integers(0, 99))
+                     st.sampled_from(("dict", "tuple", "value")), st.sampled_from((True, True, False)), st.integers(0, 99),
+                     st.sampled_from((False, False, False, True)), st.sampled_from((torch.float32, torch.float32, torch.bfloat16)))
 
 
-def build(spec: Spec, dtype: torch.dtype = torch.float32) -> Random:
-    """The module of a spec; with float64, the same values as the float32 one, exactly."""
+def build(spec: Spec, dtype: torch.dtype | None = None) -> Random:
+    """The module of a spec; in float64, with the values of the float32 one, exactly."""
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
         model = Random(spec)
@@ -362,17 +370,18 @@ def build(spec: Spec, dtype: torch.dtype = torch.float32) -> Random:
             if isinstance(module, nn.BatchNorm1d):
                 nn.init.normal_(module.weight)
                 nn.init.normal_(module.bias)
-    return model.to(dtype).train(spec.training)
+    return model.to(dtype or spec.dtype).train(spec.training)
 
 
-def inputs(spec: Spec, batch: int = 3, length: int = 5, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def inputs(spec: Spec, batch: int = SIZE[0], length: int = SIZE[1], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """Keyword arguments for the module of a spec, of any batch size and length."""
     generator = torch.Generator().manual_seed(1000 + spec.seed + 7 * batch + length)
     x = torch.randint(0, VOCABULARY, (batch, length), generator=generator) if spec.ids else torch.randn(batch, length, WIDTH, generator=generator)
     if not spec.ids:
-        x = x.to(dtype).requires_grad_(spec.seed % 2 == 0)
+        x = x.to(dtype or spec.dtype).requires_grad_(spec.seed % 2 == 0)
     mask = torch.ones(batch, length, dtype=torch.int64)
-    mask[0, length // 2 + 1 :] = 0
+    if spec.seed % 3:
+        mask[0, length // 2 + 1 :] = 0
     labels = torch.randint(0, VOCABULARY, (batch, length), generator=generator)
     labels[torch.rand(batch, length, generator=generator) < 0.3] = IGNORED
     labels[-1, -1] = 1  # a batch without any label has no loss

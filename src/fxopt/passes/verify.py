@@ -25,7 +25,7 @@ from fxopt.kernels import tolerance
 from fxopt.passes.base import Pass
 
 SEED = 0
-NOISY_RUNS = 4
+NOISY_RUNS = 8
 ROUNDINGS = 2  # how many roundings of its own dtype one operation's result is moved by: a sum inside it has more than one
 _LOW = {torch.float16, torch.bfloat16, torch.float32}
 # Operations whose draws do not depend on the dtype: the same seed gives an fp64 run the same mask.
