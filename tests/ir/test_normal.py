@@ -148,9 +148,16 @@ def live_view(x):
     return z.sum() + y.sum()
 
 
-def written_view(x):
+def written_view_that_is_read(x):
     y = x.exp()
-    y[0].add_(1)
+    z = y[0]
+    z.add_(1)
+    return y.sum() + z.sum()
+
+
+def written_view_of_a_view(x):
+    y = x.exp()
+    y[1:][0].add_(1)
     return y.sum()
 
 
@@ -161,11 +168,40 @@ def saved_first(x):
     return (z * 2).sum()
 
 
-@pytest.mark.parametrize("fn", [written_input, live_view, written_view, saved_first])
+@pytest.mark.parametrize("fn", [written_input, live_view, written_view_that_is_read, written_view_of_a_view, saved_first])
 def test_writes_that_others_see_stay(fn) -> None:
     captured = canonical(fn, X.detach())
     assert any(torch.Tag.inplace in getattr(node.target, "tags", ()) for node in captured.program.nodes)
     assert captured.misses
+
+
+def test_writes_into_parts_become_values() -> None:
+    def shift_right(x, ids):
+        moved = ids.new_zeros(ids.shape)
+        moved[:, 1:] = ids[:, :-1].clone()
+        moved[:, 0] = 7
+        moved.masked_fill_(moved == -100, 0)
+        y = x * 2
+        y[0] = x[1]
+        y[:, 1].mul_(3)
+        return (y * moved).sum()
+
+    captured = canonical(shift_right, X, torch.tensor([[1, 2, -100, 4]]).repeat(3, 1))
+    assert not [node for node in captured.program.nodes if torch.Tag.inplace in getattr(node.target, "tags", ())]
+    assert captured.rules["in-place part"] == 4
+
+
+def test_writes_with_a_derivative_have_one_afterwards() -> None:
+    def fn(x, index):
+        y = x * 2
+        y.index_fill_(0, index, 3.0)
+        y.index_put_((index,), x[index] * 5)
+        y.zero_().add_(x)
+        z = x + 1
+        z.copy_(x[:1] * 3)
+        return (y * x).sum() + z.sum()
+
+    canonical(fn, X, torch.tensor([0, 2]))
 
 
 def test_writes_into_state_stay() -> None:

@@ -125,10 +125,14 @@ def _without_writes(edit: Edit) -> None:
         flow = Flow(edit.graph, edit.slots)
         why = _visible(flow, node)
         if why is not None:
-            if not any(miss.node == node.name for miss in edit.misses):
+            if not _scatter(edit, flow, node, target) and not any(miss.node == node.name for miss in edit.misses):
                 edit.missed("in-place", node, why)
             continue
         x = node.args[0]
+        if node.target is aten.copy_.default:
+            continue  # all of x is overwritten by a copy: as good as it gets
+        if not _has_derivative(flow, node, target):
+            continue
         new = edit.call(target, node.args, dict(node.kwargs), like=node)
         if not (meta.tensor(new).dtype == meta.tensor(x).dtype and meta.same_shape(meta.tensor(new), meta.tensor(x))):
             edit.erase(new)
@@ -170,6 +174,43 @@ def _visible(flow: Flow, node: fx.Node) -> str | None:
             if late and flow.order[other] < position:
                 return f"`{other.name}`, a view of the same memory, is read later by `{late[0].name}`"
     return None
+
+
+# Ordinary forms that are not elementwise and have a derivative; not every one has.
+_DIFFERENTIABLE = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.fill.Scalar, aten.fill.Tensor, aten.index_put.default, aten.zero.default,
+                             aten.index_add.default, aten.index_fill.int_Scalar, aten.scatter.src, aten.scatter_add.default})
+
+
+def _has_derivative(flow: Flow, node: fx.Node, target: Any) -> bool:
+    return torch.Tag.pointwise in target.tags or target in _DIFFERENTIABLE or not flow.grad.intersection(node.all_input_nodes)
+
+
+_SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
+
+
+def _scatter(edit: Edit, flow: Flow, node: fx.Node, target: Any) -> bool:
+    """A write into a part of a value that nobody else can see becomes the value with that part replaced."""
+    x, position = node.args[0], flow.order[node]
+    scatter = _SCATTERS.get(x.target) if x.op == "call_function" else None
+    if scatter is None or list(writes(node)) != [x] or flow.state(x) or flow.roots[x] != {x.args[0]} or node.users:
+        return False
+    base = x.args[0]
+    views = [other for other in flow.aliases[base] if other is not base and flow.order[other] < position]
+    if any(flow.order.get(user, position + 1) > position for view in views for user in view.users):
+        return False
+    if node.target is aten.copy_.default:
+        cast = edit.call(aten.to.dtype, (node.args[1], meta.tensor(x).dtype), like=node)  # aten.copy has no derivative
+        value = edit.call(aten.expand_as.default, (cast, x), like=node)
+    elif not _has_derivative(flow, node, target):
+        return False
+    else:
+        value = edit.call(target, node.args, dict(node.kwargs), like=node)
+    if not _same(value, x):
+        return False  # what was made is dead code
+    new = edit.call(scatter, (base, value, *x.args[1:]), dict(x.kwargs), like=node)
+    edit.replace(base, new, rule=rule_here("in-place part"), unless=lambda user: user is value or flow.order.get(user, -1) <= position)
+    edit.erase(node)
+    return True
 
 
 # -- operators that do nothing ---------------------------------------------------------------------------------------
