@@ -126,9 +126,13 @@ def without_windows(edit: Edit, formula: Formula, key: fx.Node) -> tuple[Formula
 def ungroup(edit: Edit, node: fx.Node) -> None:
     """Attention without a mask takes grouped keys and values as they are.
 
-    On CPU the kernel is the same and the copies go; with a mask some CUDA kernels do not take grouped heads.
+    On CPU the kernel is the same and the copies go. On other devices only the 16-bit kernel without a mask takes
+    grouped heads; any other would fall back to one that holds all scores.
     """
     given = arguments(node)
+    query = meta.tensor(given["query"])
+    if query.device.type != "cpu" and query.dtype.itemsize > 2:
+        return
     if given.get("attn_mask") is not None or given.get("enable_gqa"):
         return
     key, value = (repeated(given[name]) for name in ("key", "value"))
