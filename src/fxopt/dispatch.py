@@ -207,11 +207,11 @@ class Dispatcher:
         tensors = tuple(t.detach()[:2].clone().requires_grad_(t.requires_grad) for t in call.tensors)
         if entry.guards.check(tuple(tuple(t.shape) for t in tensors)) != "ok":
             return call
-        flat = [o for o in pytree.tree_leaves(self._peek(Call(call.spec, call.leaves, tensors))) if isinstance(o, torch.Tensor) and o.is_floating_point()]
+        flat = [o for o in self._peek(Call(call.spec, call.leaves, tensors)) if isinstance(o, torch.Tensor) and o.is_floating_point()]
         return Call(call.spec, call.leaves, tensors) if all(bool(o.isfinite().all()) for o in flat) else call
 
-    def _peek(self, call: Call) -> Any:
-        """The model's outputs, with state and random state put back."""
+    def _peek(self, call: Call) -> list[Any]:
+        """The model's flat outputs, with state and random state put back."""
         return selfcheck.outputs(self.model, lambda: self._original(call), call.tensors, SEED)
 
     def _original(self, call: Call) -> Any:

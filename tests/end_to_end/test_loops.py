@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -15,11 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import fxopt
-from fxopt.kernels.tolerance import SELF_CHECK
+from fxopt.kernels.tolerance import same
 from tests.models import llama, tokens
 
 STEPS = 6
-RTOL = SELF_CHECK[torch.float32]
 PASSES = str(fxopt.presets.exact()) + " | remat"
 
 
@@ -29,7 +27,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
 
 def close(mine: list[float], theirs: list[float]) -> None:
     assert len(mine) == len(theirs) >= 5
-    assert torch.allclose(torch.tensor(mine), torch.tensor(theirs), rtol=RTOL), (mine, theirs)
+    assert same(torch.tensor(mine), torch.tensor(theirs)), (mine, theirs)
     assert mine[0] != mine[-1]
 
 
@@ -73,9 +71,9 @@ def test_the_hugging_face_trainer(tmp_path: Path) -> None:
     mine, made = trainer(fxopt.optimize(llama(), PASSES), tmp_path / "mine")
     theirs, reference = trainer(llama(), tmp_path / "theirs")
     close(mine, theirs)
-    assert made.evaluate()["eval_loss"] == pytest.approx(reference.evaluate()["eval_loss"], rel=RTOL)
+    assert same(*(torch.tensor(t.evaluate()["eval_loss"]) for t in (made, reference)))
     predictions = made.predict(made.eval_dataset).predictions
-    assert torch.allclose(torch.from_numpy(predictions), torch.from_numpy(reference.predict(made.eval_dataset).predictions), atol=1e-3)
+    assert same(torch.from_numpy(predictions), torch.from_numpy(reference.predict(made.eval_dataset).predictions))
     made.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "model.safetensors").exists()
 

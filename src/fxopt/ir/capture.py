@@ -17,8 +17,10 @@ from fxopt.errors import CaptureError
 from fxopt.ir import meta, torch_patches
 from fxopt.ir.edit import copy_graph, inline_grad_modes, inputs_first, read_state
 from fxopt.ir.program import Program, ShapeGuards, Signature, Slot
+from fxopt.ir.structure import opened
 
 aten = torch.ops.aten
+_COMPUTED = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,27 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
+@dataclass
+class Returned:
+    """What the traced call returned: its structure, and None or `(constant,)` for each leaf."""
+
+    spec: pytree.TreeSpec | None = None
+    leaves: tuple[tuple[Any] | None, ...] = ()
+
+
 @contextlib.contextmanager
-def _as_function_of_tensors(model: nn.Module, call: Call) -> Iterator[None]:
-    """`model.forward` takes the call's tensor leaves, so that names stay and signatures do not matter."""
+def _as_function_of_tensors(model: nn.Module, call: Call, returned: Returned) -> Iterator[None]:
+    """`model.forward` goes from the call's tensor leaves to the flat computed leaves of its return value.
+
+    So names stay, and neither signatures nor the types of what is returned matter to the export.
+    """
     original = model.forward
 
     def forward(*tensors: torch.Tensor) -> Any:
         args, kwargs = call.rebuild(tensors)
-        return original(*args, **kwargs)
+        flat, returned.spec = pytree.tree_flatten(opened(original(*args, **kwargs)))
+        returned.leaves = tuple(None if isinstance(x, _COMPUTED) else (x,) for x in flat)
+        return tuple(x for x in flat if isinstance(x, _COMPUTED))
 
     had = model.__dict__.get("forward")
     model.__dict__["forward"] = forward
@@ -105,12 +120,13 @@ def capture(model: nn.Module, call: Call, *, exact: bool = False) -> Program:
     places = torch_patches.CallTrace(model)
     examples = _copies(call) if exact else example_tensors(call)
     doubled = any(a.shape != b.shape for a, b in zip(examples, call.tensors))
+    returned = Returned()
     try:
-        program = _export(model, call, examples, places)
+        exported = _export(model, call, examples, places, returned)
     except Exception as error:
         if doubled:
             try:
-                return _from_export(model, call, _export(model, call, _copies(call), places))
+                return _from_export(model, call, _export(model, call, _copies(call), places, returned), returned)
             except Exception:  # noqa: BLE001  the first error is the one to report
                 pass
         path, line = places.where(error)
@@ -118,12 +134,12 @@ def capture(model: nn.Module, call: Call, *, exact: bool = False) -> Program:
                            where=f"module {path or '<root>'}, {line}" if line else f"module {path or '<root>'}", do=_advice(error)) from error
     finally:
         torch._C._set_grad_enabled(grad)  # a raise inside a no_grad region of an export leaves it off
-    return _from_export(model, call, program)
+    return _from_export(model, call, exported, returned)
 
 
-def _export(model: nn.Module, call: Call, examples: tuple[torch.Tensor, ...], places: torch_patches.CallTrace) -> Any:
+def _export(model: nn.Module, call: Call, examples: tuple[torch.Tensor, ...], places: torch_patches.CallTrace, returned: Returned) -> Any:
     shapes = (tuple({d: torch.export.Dim.AUTO for d in range(t.dim())} for t in examples),)
-    with _as_function_of_tensors(model, call), places.recording(), torch_patches.for_capture():
+    with _as_function_of_tensors(model, call, returned), places.recording(), torch_patches.for_capture():
         return torch.export.export(model, examples, dynamic_shapes=shapes, strict=False)
 
 
@@ -142,7 +158,7 @@ def _advice(error: BaseException) -> str:
     return "make the named line traceable by torch.export, or pass a submodule that is"
 
 
-def _from_export(model: nn.Module, call: Call, exported: Any) -> Program:
+def _from_export(model: nn.Module, call: Call, exported: Any, returned: Returned) -> Program:
     names = canonical_names(model)
     slots: dict[str, Slot] = {}
     constants: dict[str, Any] = {}
@@ -181,13 +197,13 @@ def _from_export(model: nn.Module, call: Call, exported: Any) -> Program:
     inputs_first(graph, user)
     inline_grad_modes(graph, constants)
     output = next(reversed(graph.nodes))
-    flat = list(output.args[0])
-    out_spec = exported.call_spec.out_spec
+    computed = iter(output.args[0])
+    flat = [next(computed) if leaf is None else leaf[0] for leaf in returned.leaves]
     fake_mode = next((n.meta["val"].fake_mode for n in graph.nodes if hasattr(n.meta.get("val"), "fake_mode")), None)
     if fake_mode is None:
         raise CaptureError(f"{type(model).__name__} computes on no tensors", do="pass a module with tensor inputs or parameters")
     output.args = (tuple(flat),)
-    signature = Signature(call.spec, call.leaves, out_spec)
+    signature = Signature(call.spec, call.leaves, returned.spec)
     return Program(graph, slots, signature, fake_mode, constants, training=model.training, grad=torch.is_grad_enabled())
 
 

@@ -74,3 +74,16 @@ SELF_CHECK = {
 # A gradient that is smaller than this part of the largest one is rounding (a bias in front of a
 # batch norm: zero in exact arithmetic), and is measured against this part.
 SELF_CHECK_FLOOR = 1e-3
+
+# Logits of one function in two libraries, with an adapter: fp32, logits of around 1.
+LOGITS = 1e-5
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two results of one computation agree up to the order of its sums: relative error in the Frobenius norm."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    allowed = SELF_CHECK[a.dtype] * max(float(b.detach().double().norm()), torch.finfo(a.dtype).eps)
+    return float((a.detach().double() - b.detach().double()).norm()) <= allowed

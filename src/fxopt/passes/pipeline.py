@@ -233,6 +233,15 @@ def apply(pass_: Pass, program: Program) -> Program:
     return after
 
 
+def _prerequisite(pass_: Pass, program: Program) -> Pass | None:
+    """An exact pass that establishes what `pass_` requires and the program lacks: it is put in, and shows in the log."""
+    for fact in sorted(pass_.requires - program.facts):
+        for cls in PASSES:
+            if fact in cls.establishes and cls.promise.values == "exact" and cls.promise.gradients == "all" and not cls.requires - program.facts:
+                return cls()
+    return None
+
+
 def _reasons(edit: Edit) -> str:
     """Why a pass changed nothing, in the words of its near-misses and notes."""
     counts: dict[str, int] = {}
@@ -247,6 +256,9 @@ def run(passes: str | Pass | Pipeline | Iterable[str | Pass | Pipeline], program
         inputs: Sequence[torch.Tensor] = (), state: Mapping[str, torch.Tensor] | None = None) -> Program:
     """The program after all passes of a pipeline.
 
+    Where a pass requires a fact that an exact pass establishes (`canonicalize` for the patterns), that pass is put in front
+    of it; the log shows it.
+
     Args:
         verify: None checks types and structure only. "values" also runs the program before and after each pass that
             promises equal values, on `inputs` and `state`, and compares outputs, gradients and buffers.
@@ -260,7 +272,13 @@ def run(passes: str | Pass | Pipeline | Iterable[str | Pass | Pipeline], program
     if verify not in (None, "values"):
         raise PassError(f"verify must be None or 'values', got {verify!r}")
     known = dict(state or {})
-    for pass_ in pipeline(passes):
+    waiting = list(pipeline(passes))
+    while waiting:
+        pass_ = waiting.pop(0)
+        needed = _prerequisite(pass_, program)
+        if needed is not None:
+            waiting.insert(0, pass_)
+            pass_ = needed
         after = apply(pass_, program)
         if verify == "values":
             known = values.materialize(after, known)

@@ -91,7 +91,7 @@ class Binding:
         later = self._readers(schedule)
         for region in schedule.regions:
             quiet = []
-            if loss and region is schedule.regions[-1]:
+            if loss:
                 quiet = [i for i, name in enumerate(region.outputs) if name not in later and not self._scalar(program, name)]
             key = region.key, id(policy), tuple(quiet)
             runner = runners.get(key)

@@ -129,7 +129,7 @@ class _RegionFunction(torch.autograd.Function):
         unplanned = [i for i, t in enumerate(tangents) if t is not None and i not in plan.tangents and i in ctx.runner.quiet]
         if unplanned:
             log.warning("fxopt: the gradient of output %s of %s is used; the region is planned again with it", unplanned,
-                        ctx.runner.region.path or "the last region")
+                        ctx.runner.region.path or "a region between the blocks")
             given = iter(tensors[ctx.n_saved:])
             args = [next(given) if a is None else a[0] for a in ctx.arguments]
             ctx.runner.quiet = frozenset(i for i in ctx.runner.quiet if i not in unplanned)

@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import CaptureError
+from fxopt.ir.structure import opened
 from fxopt.kernels.tolerance import SELF_CHECK, SELF_CHECK_FLOOR
 from fxopt.runtime.binding import locate
 
@@ -58,7 +59,7 @@ def outputs(model: nn.Module, run: Callable[[], Any], inputs: Sequence[torch.Ten
     """The flat outputs of a run under a seed, without gradients; state and random state are put back."""
     with _restored(model, _devices(model, inputs)), torch.no_grad():
         torch.manual_seed(seed)
-        return pytree.tree_leaves(run())
+        return pytree.tree_leaves(opened(run()))
 
 
 def _devices(model: nn.Module, inputs: Sequence[torch.Tensor]) -> list[int]:
@@ -74,7 +75,7 @@ def step(model: nn.Module, run: Callable[[], Any], inputs: Sequence[torch.Tensor
     chosen = named[::stride]
     with _restored(model, _devices(model, inputs)):
         torch.manual_seed(seed)
-        outputs = pytree.tree_leaves(run())
+        outputs = pytree.tree_leaves(opened(run()))
         gradients: dict[str, torch.Tensor | None] = {name: None for name, _ in chosen}
         floats = [o for o in outputs if isinstance(o, torch.Tensor) and o.is_floating_point() and o.requires_grad]
         if torch.is_grad_enabled() and floats and chosen:
