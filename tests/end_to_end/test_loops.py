@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -103,14 +106,27 @@ def test_lightning(tmp_path: Path) -> None:
     close(*losses)
 
 
-def test_distributed_data_parallel(tmp_path: Path) -> None:
-    """One process, gloo: the reducer's hooks fire on every parameter."""
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of one, over gloo."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        close(plain(DistributedDataParallel(fxopt.optimize(llama(), PASSES))), plain(llama()))
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+def test_distributed_data_parallel(one_process: None) -> None:
+    """The reducer's hooks fire on every parameter."""
+    close(plain(DistributedDataParallel(fxopt.optimize(llama(), PASSES))), plain(llama()))
+
+
+def test_fully_sharded_per_block(one_process: None) -> None:
+    """FSDP2 on every block and on the root: parameters are sharded between uses, and the regions see whole ones."""
+    opt = fxopt.optimize(llama(), PASSES, inputs=batches()[0])
+    mesh = init_device_mesh("cpu", (1,))
+    for block in opt.model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(opt, mesh=mesh)
+    close(plain(opt), plain(llama()))
 
 
 def test_fit(tmp_path: Path) -> None:
