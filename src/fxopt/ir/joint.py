@@ -1,6 +1,6 @@
 """The joint forward-and-backward graph of a region, traced by AOTAutograd. The only file that uses its private API.
 
-Tried on torch 2.11 and 2.13: `aot_export_joint_with_descriptors` gives one functional graph whose inputs and outputs
+Tried on torch 2.13: `aot_export_joint_with_descriptors` gives one functional graph whose inputs and outputs
 carry descriptors (which input, which gradient, which mutated input), and tags each node as forward or backward.
 """
 
