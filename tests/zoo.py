@@ -93,11 +93,12 @@ def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @functools.cache
-def family(name: str, layers: int = 1, mask: bool = True, dtype: torch.dtype = torch.float32) -> Captured:
+def family(name: str, layers: int = 1, mask: bool = True, dtype: torch.dtype = torch.float32, autocast: bool = False) -> Captured:
     """A training step of a tiny model, with weights shaken so that wrong gradients show.
 
     Args:
         mask: pass an attention mask of ones.
+        autocast: capture under autocast to bf16; the program must then run under it.
     """
     torch.manual_seed(0)
     model = FAMILIES[name](layers).to(dtype).train()
@@ -107,7 +108,8 @@ def family(name: str, layers: int = 1, mask: bool = True, dtype: torch.dtype = t
     ids = torch.randint(3, VOCABULARY, (2, 10))
     labels = torch.where(torch.rand(ids.shape) < 0.3, -100, torch.randint(3, VOCABULARY, ids.shape))
     call = Call.of((), {"input_ids": ids, **({"attention_mask": torch.ones_like(ids)} if mask else {}), "labels": labels})
-    return Captured(capture(model, call), call.tensors, state_of(model))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return Captured(capture(model, call), call.tensors, state_of(model))
 
 
 class _Function(nn.Module):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from zoo import Captured, count, data, family, function, weight
 
 from fxopt.errors import CheckError
+from fxopt.passes import verify
 from fxopt.passes.fuse import Fuse, rules
 
 # Ops that each model must get, of as many places as it has: norms, gated units, rotations of queries and keys (one op).
@@ -49,6 +50,19 @@ def test_models(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma", "cohere", "modernbert", "t5"])
 def test_models_in_low_precision(name: str) -> None:
     assert ops(family(name, dtype=torch.bfloat16).after("canonicalize").check(Fuse())) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma", "cohere", "gpt2"])
+def test_programs_captured_under_autocast(name: str, inside: bool) -> None:
+    """All passes, applied in or outside of the caller's autocast region; values in it, against fp64."""
+    captured = family(name, autocast=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        after = captured.after("canonicalize", "causal", "fuse", "loss", "dead_code")
+    assert after.calls("linear_cross_entropy") and (after.calls("rms_norm") or after.calls("layer_norm"))
+    assert after.calls("scaled_dot_product_attention")[0].args[3] is None
+    with torch.autocast("cpu", torch.bfloat16):  # leaves the fp64 runs alone
+        verify.check(Fuse(), captured.program, after.program, captured.inputs, captured.state)
 
 
 def test_one_kind_of_op() -> None:

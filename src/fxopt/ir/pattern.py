@@ -12,6 +12,7 @@ So no literal is ever accepted because it looks like another, and one function s
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -58,6 +59,13 @@ class _Function(torch.nn.Module):
         return self.fn(*tensors, **self.scalars)
 
 
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Compute in the dtypes as written: passes may run inside the caller's autocast region."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
 def trace(fn: Callable[..., torch.Tensor], inputs: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> Template:
     """The canonical graph of `fn(*inputs, **scalars)`.
 
@@ -65,7 +73,8 @@ def trace(fn: Callable[..., torch.Tensor], inputs: Mapping[str, torch.Tensor], s
         fn: takes the tensors in order and the scalars by keyword; returns one tensor; draws no random numbers.
         inputs: distinct tensors by name; only shapes and dtypes matter.
     """
-    exported = torch.export.export(_Function(fn, scalars), tuple(inputs.values()), strict=False)
+    with without_autocast():
+        exported = torch.export.export(_Function(fn, scalars), tuple(inputs.values()), strict=False)
     graph, _ = copy_graph(exported.graph)
     first = next(iter(graph.nodes))
     program = Program(graph, {}, Signature(exported.call_spec.in_spec, (), exported.call_spec.out_spec), meta.value(first).fake_mode)

@@ -14,6 +14,7 @@ from fxopt.ir.edit import Edit, rule_here
 from fxopt.ir.formula import EVERYWHERE, Affine, All, AtLeastZero, Formula, inputs_of, said, simplify
 from fxopt.ir.index import Flow, arguments, called, same_strides, static, viewed
 from fxopt.ir.masks import Reader, Unknown
+from fxopt.ir.pattern import strip
 from fxopt.ir.program import Assumption, AtMost
 from fxopt.passes.base import Pass, Promise
 
@@ -79,7 +80,7 @@ class Causal(Pass):
             edit.missed("mask", node, why)
             return node
         causal = formula == _CAUSAL
-        new = edit.call(node.target, (given["query"], given["key"], given["value"], None, given.get("dropout_p", 0.0), causal), _options(given), like=node)
+        new = attention(edit, node, (given["query"], given["key"], given["value"]), causal, _options(given))
         if not same_strides(meta.tensor(new), meta.tensor(node)) and (view := viewed(node)) is not None:
             edit.missed("mask", node, f"attention without a mask returns other strides, and `{view.name}` may depend on them")
             edit.erase(new)
@@ -89,6 +90,13 @@ class Causal(Pass):
         edit.replace(node, new, rule=rule_here("causal mask" if causal else "full mask"))
         edit.erase(node)
         return new
+
+
+def attention(edit: Edit, like: fx.Node, sources: tuple[fx.Node, ...], causal: bool, options: Mapping[str, Any]) -> fx.Node:
+    """Attention without a mask in place of `like`. Under autocast its inputs have several dtypes: cast as autocast does."""
+    dtype = meta.tensor(like).dtype
+    cast = [x if meta.tensor(x).dtype == dtype else edit.call(aten.to.dtype, (x, dtype), like=like) for x in sources]
+    return edit.call(like.target, (*cast, None, arguments(like).get("dropout_p", 0.0), causal), dict(options), like=like)
 
 
 def _options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,13 +143,12 @@ def ungroup(edit: Edit, node: fx.Node) -> None:
         return
     if given.get("attn_mask") is not None or given.get("enable_gqa"):
         return
-    key, value = (repeated(given[name]) for name in ("key", "value"))
+    key, value = (repeated(strip(given[name])) for name in ("key", "value"))
     if key is None or value is None:
         return
     if not meta.same_size(meta.tensor(key).shape[1], meta.tensor(value).shape[1]):
         return
-    positional = (given["query"], key, value, None, given.get("dropout_p", 0.0), given.get("is_causal", False))
-    new = edit.call(node.target, positional, {**_options(given), "enable_gqa": True}, like=node)
+    new = attention(edit, node, (given["query"], key, value), given.get("is_causal", False), {**_options(given), "enable_gqa": True})
     edit.replace(node, new, rule=rule_here("grouped heads"))
     edit.erase(node)
 

@@ -16,7 +16,7 @@ import torch.fx as fx
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit, rule_here
 from fxopt.ir.index import Flow, called, full_arguments, same_strides, static, viewed
-from fxopt.ir.pattern import Match, Matcher, Near
+from fxopt.ir.pattern import Match, Matcher, Near, without_autocast
 from fxopt.kernels.catalog import CATALOG, rope
 from fxopt.kernels.op import FusedOp, Pattern
 from fxopt.kernels.tolerance import eager_error, excess
@@ -93,7 +93,8 @@ class Rule:
             return reason
         dtypes = tuple(bound[name].dtype for name in self.pattern.inputs)
         if dtypes not in self.unproven:
-            self.unproven[dtypes] = _unproven(self.op, self.pattern, dtypes)
+            with without_autocast():
+                self.unproven[dtypes] = _unproven(self.op, self.pattern, dtypes)
         return self.unproven[dtypes]
 
     def _unsafe(self, flow: Flow, match: Match) -> str | None:
