@@ -16,18 +16,11 @@ from fxopt.kernels.catalog import CATALOG
 from fxopt.passes.base import Pass
 from fxopt.passes.catalog import PASSES
 
-# Files that do not keep a rule yet. A file that has come to keep it must leave the list.
-NOT_YET: dict[str, set[str]] = {}
-
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_rule_holds(rule: Rule) -> None:
-    allowed = NOT_YET.get(rule.__name__, set())
-    found = {path: rule(path, (ROOT / path).read_text()) for path in sources()}
-    broken = [complaint for path, complaints in found.items() if path not in allowed for complaint in complaints]
+    broken = [complaint for path in sources() for complaint in rule(path, (ROOT / path).read_text())]
     assert not broken, f"{(rule.__doc__ or '').strip()}\n" + "\n".join(broken)
-    kept = sorted(path for path in allowed if not found.get(path))
-    assert not kept, f"these files keep {rule.__name__} now, take them out of NOT_YET: {kept}"
 
 
 BAD: list[tuple[Rule, str, str]] = [
