@@ -21,7 +21,7 @@ from fxopt.kernels.tolerance import same
 from tests.models import llama, tokens
 
 STEPS = 6
-PASSES = str(fxopt.presets.exact()) + " | remat"
+PASSES = str(fxopt.presets.exact())
 
 
 def batches() -> list[dict[str, torch.Tensor]]:
@@ -133,7 +133,7 @@ def test_fit(tmp_path: Path) -> None:
     """`fxopt.fit` on adapters: the losses of the same loop over the original Python code with the same adapted weights."""
     losses = []
     for original in (False, True):
-        opt = fxopt.optimize(llama(), fxopt.presets.finetune(rank=4, quantize="nf4", remat=True), inputs=batches()[0])
+        opt = fxopt.optimize(llama(), fxopt.presets.finetune(rank=4, quantize="nf4"), inputs=batches()[0])
         result = fxopt.fit(opt.model if original else opt, batches(), lr=1e-2, steps=STEPS, progress=False,
                            output_dir=None if original else tmp_path / "adapter")
         losses.append(result.losses)

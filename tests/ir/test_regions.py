@@ -166,6 +166,36 @@ def test_random_draws_and_writes_keep_their_order() -> None:
         assert flat == cut_up and len(flat) > 0
 
 
+class Scratch(nn.Module):
+    """Memory is made before the blocks, read, written behind them through a view, and read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(16, 2) for _ in range(2))
+        self.register_buffer("seen", torch.zeros(2, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scratch = torch.ones_like(x.detach())
+        before = scratch * 3 + self.seen.sum()
+        for block in self.blocks:
+            x = block(x)
+        scratch[:, 0].copy_(x.detach()[:, 0])
+        self.seen.add_(x.detach().mean(1))
+        return ((x + before) * (scratch * 2 + self.seen.mean())).sum()
+
+
+def test_reads_behind_a_write_see_it() -> None:
+    for passes in ("dead_code", "canonicalize | remat"):
+        model, eager = Scratch(), Scratch()
+        eager.load_state_dict(model.state_dict())
+        x = torch.randn(2, 5, 16, requires_grad=True)
+        opt = fxopt.optimize(model, passes, inputs=(x,), check=False)
+        for _ in range(2):
+            mine, theirs = opt(x), eager(x)
+            assert same(mine, theirs) and same(model.seen, eager.seen)
+            assert same(*(torch.autograd.grad(out, x)[0] for out in (mine, theirs)))
+
+
 def test_a_returned_parameter_view_is_refused() -> None:
     class Returns(nn.Module):
         def __init__(self) -> None:

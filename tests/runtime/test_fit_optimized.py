@@ -40,7 +40,7 @@ def test_fit_equals_peft_and_peft_loads_the_adapter(tmp_path: Path) -> None:
     peft.save_pretrained(tmp_path / "first")
     theirs = fit(peft, batches, epochs=2, accumulate=2, lr=1e-2, progress=False)
 
-    opt = fxopt.optimize(copy.deepcopy(base), presets.finetune(rank=4, alpha=8, remat=True), inputs=batches[0])
+    opt = fxopt.optimize(copy.deepcopy(base), presets.finetune(rank=4, alpha=8), inputs=batches[0])
     opt.load_adapter(tmp_path / "first")
     ours = fit(opt, batches, epochs=2, accumulate=2, lr=1e-2, progress=False, output_dir=tmp_path / "adapter")
 

@@ -18,7 +18,7 @@ import torch.nn as nn
 
 from fxopt.errors import LowerError
 from fxopt.ir import meta
-from fxopt.ir.edit import build_region, effectful
+from fxopt.ir.edit import build_region, effectful, mutates
 from fxopt.ir.program import Lazy, Program
 
 aten = torch.ops.aten
@@ -145,6 +145,16 @@ def lazy_nodes(program: Program) -> dict[str, tuple[fx.Node, ...]]:
     return found
 
 
+def _memory(node: fx.Node) -> fx.Node:
+    """The node whose memory a node's value may share, through views and in-place operations."""
+    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes:
+        returns = node.target._schema.returns
+        if not returns or returns[0].alias_info is None:
+            break
+        node = node.all_input_nodes[0]
+    return node
+
+
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     stack = list(nodes)
@@ -171,6 +181,8 @@ def _try_cut(program: Program, wanted: list[str], dissolved: list[str]) -> Sched
     level: dict[fx.Node, int] = {}
     deps: dict[fx.Node, int] = {}
     effects = 0  # writes and random draws keep their order
+    reads: dict[fx.Node, int] = {}  # the last level at which a tensor's memory is read, and at which it is written:
+    writes: dict[fx.Node, int] = {}  # a read behind a write depends on it through memory, not through the graph
     for node in program.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             deps[node] = 0
@@ -178,6 +190,10 @@ def _try_cut(program: Program, wanted: list[str], dissolved: list[str]) -> Sched
         if node.op == "output" or node in later:
             continue
         needed = max((deps[i] for i in node.all_input_nodes), default=0)
+        touched = [_memory(i) for i in node.all_input_nodes]
+        needed = max([needed, *(writes.get(m, 0) for m in touched)])
+        if mutates(node):
+            needed = max([needed, *(reads.get(m, 0) for m in touched)])
         if cheap(node):
             deps[node] = needed
             continue
@@ -193,6 +209,10 @@ def _try_cut(program: Program, wanted: list[str], dissolved: list[str]) -> Sched
             level[node] = deps[node] = needed + (needed % 2)
         if effectful(node):
             effects = level[node]
+        for memory in touched:
+            reads[memory] = max(reads.get(memory, 0), level[node])
+            if mutates(node):
+                writes[memory] = level[node]
     # a block's node that reads a later gap was caught above; a gap's node needs all its blocks to be done: by level
     groups: dict[int, list[fx.Node]] = {}
     for node in nodes:

@@ -16,12 +16,13 @@ from fxopt.passes.remat import Remat
 
 
 def exact() -> Pipeline:
-    """What makes any training step cheaper and changes no result beyond rounding: fused ops, a causal mask by flag, a fused loss."""
-    return Pipeline((Canonicalize(), Causal(), Fuse(), Loss(), DeadCode()))
+    """What makes any training step cheaper and changes no result beyond rounding: fused ops, a causal mask by flag, a fused loss,
+    the smallest saved set that needs no heavy recomputation."""
+    return Pipeline((Canonicalize(), Causal(), Fuse(), Loss(), Remat(), DeadCode()))
 
 
 def finetune(rank: int = 16, alpha: float | None = None, quantize: str | None = None, targets: str | Sequence[str] = "all-linear",
-             remat: bool = False) -> Pipeline:
+             remat: bool = True) -> Pipeline:
     """LoRA fine-tuning: adapters on the linear layers, the rest frozen and perhaps quantized, then what `exact` does.
 
     Args:
@@ -29,7 +30,7 @@ def finetune(rank: int = 16, alpha: float | None = None, quantize: str | None = 
         alpha: scale of the adapters; None is 2 * rank.
         quantize: a format for the frozen weights, such as "nf4"; None keeps them as they are.
         targets: which layers take adapters; see the lora pass.
-        remat: recompute activations in the backward instead of keeping them.
+        remat: recompute what is pointwise in the backward instead of keeping it.
 
     Raises:
         PassError: an argument that the passes do not take.
