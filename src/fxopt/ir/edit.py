@@ -167,6 +167,14 @@ def delay(graph: fx.Graph, names: set[str]) -> None:
             first.prepend(node)
 
 
+def reshape_views(graph: fx.Graph) -> None:
+    """`view` becomes `reshape` in a functional graph: equal where the view exists, and right where the strides at run time
+    are others than the fake ones (a batch norm of a transposed tensor)."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            node.target = torch.ops.aten.reshape.default
+
+
 def detach_outputs(graph: fx.Graph, keep: set[int]) -> None:
     """Detach every output of a region's graph except those at the positions `keep`."""
     output = next(reversed(graph.nodes))
@@ -288,7 +296,7 @@ class Edit:
                 continue
             user.replace_input_with(old, new)
         if rule is not None:
-            self.rewrote(rule, new)
+            self.rewrote(rule, new, old)
 
     def move_after(self, node: fx.Node, anchor: fx.Node) -> None:
         """Move a node right behind `anchor`."""
@@ -328,9 +336,9 @@ class Edit:
 
     # -- reporting -------------------------------------------------------------------------------------------------
 
-    def rewrote(self, rule: str, node: fx.Node) -> None:
-        """Record a rewrite."""
-        where = meta.provenance(node)
+    def rewrote(self, rule: str, node: fx.Node, old: fx.Node | None = None) -> None:
+        """Record a rewrite that made `node`, at the place of `old`."""
+        where = meta.provenance(old or node)
         self.rewrites.append(Rewrite(rule, node.name, where.path, where.source))
 
     def missed(self, rule: str, node: fx.Node, reason: str) -> None:

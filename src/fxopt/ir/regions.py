@@ -8,7 +8,7 @@ owns the memory. Views that the program itself returns are taken after the last 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +130,20 @@ def cut(program: Program, blocks: Iterable[str]) -> Schedule:
             return schedule
         wanted.remove(schedule[0])
         dissolved.append(f"{schedule[0]}: {schedule[1]}")
+
+
+def differentiable_outputs(region: Region, requires_grad: Sequence[bool]) -> tuple[bool, ...]:
+    """For each output, whether a gradient could flow to it from an argument that requires one."""
+    carries: set[fx.Node] = set()
+    arguments = iter(requires_grad)
+    for node in region.graph.nodes:
+        if node.op == "placeholder":
+            if next(arguments):
+                carries.add(node)
+        elif node.target is not aten.detach.default and any(i in carries for i in node.all_input_nodes):
+            if any(t.is_floating_point() or t.is_complex() for t in meta.tensors(node)):
+                carries.add(node)
+    return tuple(n in carries for n in next(reversed(region.graph.nodes)).args[0])
 
 
 def lazy_nodes(program: Program) -> dict[str, tuple[fx.Node, ...]]:

@@ -13,9 +13,8 @@ import torch.fx as fx
 from fxopt.errors import LowerError
 from fxopt.ir import joint as joints
 from fxopt.ir.edit import effectful
-from fxopt.ir.joint import Joint
 from fxopt.ir.partition import Policy, Split, split
-from fxopt.ir.regions import Region
+from fxopt.ir.regions import Region, differentiable_outputs
 
 log = logging.getLogger("fxopt")
 
@@ -23,9 +22,8 @@ log = logging.getLogger("fxopt")
 class Compiled:
     """A region's graphs for one pattern of arguments that require a gradient."""
 
-    def __init__(self, split_: Split, joint: Joint) -> None:
-        self.split = split_
-        self.differentiable = joint.differentiable
+    def __init__(self, split_: Split, differentiable: tuple[bool, ...]) -> None:
+        self.split, self.differentiable = split_, differentiable
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
         return self
@@ -58,7 +56,9 @@ class RegionRunner:
         if found is None:
             only = [i for i in range(len(self.region.outputs)) if i not in self.quiet] if self.quiet else None
             traced = joints.trace(self.region, requires_grad, self.fake_mode, only=only)
-            found = self.compiled[key] = Compiled(split(traced, self.policy), traced)
+            possible = differentiable_outputs(self.region, requires_grad)
+            differentiable = tuple(d or (i in self.quiet and possible[i]) for i, d in enumerate(traced.differentiable))
+            found = self.compiled[key] = Compiled(split(traced, self.policy), differentiable)
         return found
 
     def __call__(self, args: Sequence[Any]) -> tuple[Any, ...]:
@@ -83,7 +83,7 @@ class RegionRunner:
         leaves = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args]
         with torch.enable_grad():
             outs = self.inference(*leaves)
-        pairs = [(o, t) for o, t in zip(outs, tangents) if t is not None]
+        pairs = [(o, t) for o, t in zip(outs, tangents) if t is not None and o.requires_grad]
         wanted = [i for i, a in enumerate(leaves) if isinstance(a, torch.Tensor) and a.requires_grad]
         grads = torch.autograd.grad([o for o, _ in pairs], [leaves[i] for i in wanted], [t for _, t in pairs], allow_unused=True)
         found: list[torch.Tensor | None] = [None] * len(args)
@@ -116,8 +116,7 @@ class _RegionFunction(torch.autograd.Function):
         ctx.n_args = len(args)
         ctx.layouts = [(o.shape, o.stride(), o.dtype, o.device) if isinstance(o, torch.Tensor) else None for o in outs]
         ctx.set_materialize_grads(False)
-        fixed = [o for i, o in enumerate(outs) if isinstance(o, torch.Tensor)
-                 and not (compiled.differentiable[i] or (i in runner.quiet and o.is_floating_point()))]
+        fixed = [o for o, differentiable in zip(outs, compiled.differentiable) if isinstance(o, torch.Tensor) and not differentiable]
         ctx.mark_non_differentiable(*fixed)
         return outs
 

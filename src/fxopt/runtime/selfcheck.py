@@ -119,13 +119,15 @@ def compare(model: nn.Module, expected: Step, found: Step, what: str) -> Outcome
     if len(expected.outputs) != len(found.outputs):
         raise CaptureError(f"{what} returns {len(found.outputs)} values, the model {len(expected.outputs)}")
     worst, place = 0.0, "nothing"
+    # a gradient is no better than the coarsest dtype that it may have passed through
+    coarsest = max([SELF_CHECK.get(t.dtype, 0.0) for t in (*model.parameters(), *model.buffers(), *_tensors(expected.outputs)) if t.is_floating_point()] or [0.0])
     total = max([float(g.double().norm()) for g in expected.gradients.values() if g is not None] or [0.0])
     pairs = [(f"output {i}", a, b, 0.0) for i, (a, b) in enumerate(zip(expected.outputs, found.outputs))]
     pairs += [(f"the gradient of {name}", grad, found.gradients.get(name), total) for name, grad in expected.gradients.items()]
     pairs += [(f"buffer {name}", b, found.buffers.get(name), 0.0) for name, b in expected.buffers.items()]
     for name, a, b, scale in pairs:
         error = _relative(a, b, scale)
-        if error > _allowed(a):
+        if error > _allowed(a, coarsest):
             raise CaptureError(f"{what} is not equal to the model: {name} differs by {error:.1e} (relative), {_norm(a)} against {_norm(b)}",
                                where=_owner(model, name), do="the graph is refused; run the model as it is, or exclude the module named here")
         if error > worst:
@@ -133,9 +135,13 @@ def compare(model: nn.Module, expected: Step, found: Step, what: str) -> Outcome
     return Outcome(worst, place, len(expected.gradients), sum(1 for p in model.parameters() if p.requires_grad))
 
 
-def _allowed(value: Any) -> float:
+def _tensors(values: Sequence[Any]) -> list[torch.Tensor]:
+    return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def _allowed(value: Any, coarsest: float) -> float:
     if isinstance(value, torch.Tensor) and value.dtype in SELF_CHECK:
-        return SELF_CHECK[value.dtype]
+        return max(SELF_CHECK[value.dtype], coarsest)
     return 0.0
 
 
