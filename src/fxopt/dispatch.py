@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -220,20 +220,21 @@ class Dispatcher:
 
     def _compare_original(self, raw: Program, call: Call) -> selfcheck.Outcome:
         state = live_state(self.model, list(raw.slots.keys() - raw.constants.keys()))
-        expected = selfcheck.step(self.model, lambda: self._original(call), call.tensors, SEED)
-        found = selfcheck.step(self.model, lambda: raw.run(call.tensors, state), call.tensors, SEED)
-        return selfcheck.compare(self.model, expected, found, f"the captured graph of {type(self.model).__name__}")
+        return self._compare(lambda: self._original(call), lambda: raw.run(call.tensors, state), call, f"the captured graph of {type(self.model).__name__}")
 
     def _compare_lowered(self, lowered: Lowered, call: Call) -> selfcheck.Outcome:
         program, binding = lowered.program, lowered.binding
         assert binding is not None
         if self._changes_function():
-            state = live_state(self.model, [n for n in program.slots if n not in program.constants and _read(program, n)])
-            expected = selfcheck.step(self.model, lambda: program.run(call.tensors, state), call.tensors, SEED)
+            names = [n for n in program.slots if n not in program.constants and _read(program, n)]
+            original = lambda: program.run(call.tensors, live_state(self.model, names))  # noqa: E731
         else:
-            expected = selfcheck.step(self.model, lambda: self._original(call), call.tensors, SEED)
-        found = selfcheck.step(self.model, lambda: binding([t.contiguous() for t in call.tensors]), call.tensors, SEED)
-        return selfcheck.compare(self.model, expected, found, f"the optimized {type(self.model).__name__}")
+            original = lambda: self._original(call)  # noqa: E731
+        return self._compare(original, lambda: binding([t.contiguous() for t in call.tensors]), call, f"the optimized {type(self.model).__name__}")
+
+    def _compare(self, original: Callable[[], Any], graph: Callable[[], Any], call: Call, what: str) -> selfcheck.Outcome:
+        expected, found = (selfcheck.step(self.model, run, call.tensors, SEED) for run in (original, graph))
+        return selfcheck.compare(self.model, expected, found, what, lambda: selfcheck.rounded(self.model, original, call.tensors, SEED))
 
     def _edge(self, entry: Entry, call: Call, shapes: Any) -> str:
         """A size of 0 or 1 where the capture assumed at least 2: proven by one comparison per pattern of such sizes."""
