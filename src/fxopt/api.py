@@ -104,6 +104,25 @@ class Optimized(nn.Module):
                 raise
             return getattr(self.__dict__["model"], name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Attributes are the original's: `opt.scale = 2` is seen by its code, and by the next capture."""
+        if name.startswith("_") or name in ("training", "model", "dispatcher"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.model, name, value)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's parameters, adapters included.
+
+        Raises:
+            FxoptError: the passes add parameters that do not exist before the first capture: an optimizer made now would
+                never train them.
+        """
+        if self.dispatcher.pending:
+            raise FxoptError("the adapters do not exist yet: they are made when the first call is captured",
+                             do="give `optimize` the example `inputs`, or call the model once, before asking for parameters")
+        return super().named_parameters(*args, **kwargs)
+
     def train(self, mode: bool = True) -> Optimized:
         """Switch the original between its two modes."""
         self.model.train(mode)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.fx as fx
 import torch.nn as nn
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import CallError, CaptureError
 from fxopt.ir import regions
 from fxopt.ir.capture import Call, capture, guards
+from fxopt.ir.edit import mutates
+from fxopt.ir.facts import Installed
 from fxopt.ir.partition import min_cut, save_all
 from fxopt.ir.program import Assumption, Program, ShapeGuards
 from fxopt.passes import pipeline as pipelines
@@ -37,6 +40,7 @@ class Lowered:
 
     program: Program
     schedule: regions.Schedule
+    writes: bool = False  # into the inputs of the call
     binding: Binding | None = None
     checks: list[str] = field(default_factory=list)
 
@@ -56,6 +60,32 @@ class Entry:
     edges: set[Any] = field(default_factory=set)
 
 
+class Watched:
+    """What of a model's Python side a captured program depends on: submodules, plain attributes, hooks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.named_modules())
+        blocks = {"", *regions.repeated_blocks(model)}
+        self.children = [(m._modules, name, child, f"{path}.{name}".strip(".")) for path, m in modules for name, child in m._modules.items()]
+        self.plain = [(m.__dict__, name) for _, m in modules for name, value in m.__dict__.items()
+                      if name == "training" or (not name.startswith("_") and isinstance(value, (bool, int, float, str)))]
+        self.hooked = [(path, (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)) for path, m in modules if path not in blocks]
+
+    def stale(self) -> str:
+        """The path of a submodule that was replaced since, or ""."""
+        return next((path for store, name, child, path in self.children if store.get(name) is not child), "")
+
+    def attributes(self) -> tuple[Any, ...]:
+        """The present values of the plain attributes (a dropout's p, a scale, the mode of every module)."""
+        return tuple([found.get(name) for found, name in self.plain])
+
+    def hooks(self, note: Callable[[str], None]) -> None:
+        """Say which hooks will not run."""
+        for path, kinds in self.hooked:
+            if any(kinds):
+                note(f"hooks of {path} do not run with the graph: put them on a block, or on parameters")
+
+
 class Dispatcher:
     """Captures a model call by kind, runs the passes, and picks the program for each call.
 
@@ -70,10 +100,10 @@ class Dispatcher:
         self.model, self.passes, self.check, self.verify = model, passes, check, verify
         self.entries: dict[Any, list[Entry]] = {}
         self.runners: dict[Any, RegionRunner] = {}
-        self.installed = False
+        self.installed = any(True for _ in adapted.adapted_modules(model))
         self.last: Lowered | None = None
         self.notes: list[str] = []
-        self._modules: list[nn.Module] | None = None
+        self._watched: Watched | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Dispatcher:
         model = memo.get(id(self.model))
@@ -85,6 +115,11 @@ class Dispatcher:
         new.runners, new.installed, new.notes = dict(self.runners), self.installed, list(self.notes)
         return new
 
+    @property
+    def pending(self) -> bool:
+        """Whether the passes will add parameters that do not exist yet."""
+        return not self.installed and any(p.promise.gradients == "declared" for p in self.passes)
+
     # -- the way of a call -----------------------------------------------------------------------------------------
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -92,13 +127,26 @@ class Dispatcher:
         call = Call.of(args, kwargs)
         lowered = self.find(call)
         self.last = lowered
-        program = lowered.program
         assert lowered.binding is not None
-        flat = lowered.binding([t if t.is_contiguous() else t.contiguous() for t in call.tensors])
-        return pytree.tree_unflatten(flat, program.signature.out_spec)
+        return pytree.tree_unflatten(lowered.binding(self._inputs(lowered, call)), lowered.program.signature.out_spec)
+
+    @staticmethod
+    def _inputs(lowered: Lowered, call: Call) -> list[torch.Tensor]:
+        """The call's tensors as the graph takes them: contiguous."""
+        if lowered.writes and (len({t.untyped_storage().data_ptr() for t in call.tensors}) < len(call.tensors) or not all(t.is_contiguous() for t in call.tensors)):
+            raise CallError("the model writes into its inputs, and they share memory or are not contiguous", do="pass clones")
+        return [t if t.is_contiguous() else t.contiguous() for t in call.tensors]
 
     def find(self, call: Call) -> Lowered:
         """The program for a call; captured now if there is none yet."""
+        if self._watched is not None and self._watched.stale():
+            if self.installed:
+                raise CallError(f"the module {self._watched.stale()} was replaced after adapters were added", where=type(self.model).__name__,
+                                do="put it back, or optimize the changed model afresh (`opt.merge()` gives a plain one)")
+            self.note(f"the module {self._watched.stale()} was replaced: the model is captured again")
+            self.entries.clear()
+            self.runners.clear()
+            self._watched = None
         key = self.key(call)
         shapes = tuple(tuple(t.shape) for t in call.tensors)
         reasons = []
@@ -118,14 +166,16 @@ class Dispatcher:
             if leaf is not None and not isinstance(leaf[0], _PLAIN):
                 raise CallError(f"an argument of type {type(leaf[0]).__name__} cannot be part of a captured call", where=type(self.model).__name__,
                                 do="leave it out, or call `opt.model` (the original code, with the same weights) for such calls")
-            constants.append(None if leaf is None else (type(leaf[0]), leaf[0]))
-        if self._modules is None:
-            self._modules = list(self.model.modules())
+            plain = None if leaf is None else leaf[0]
+            constants.append((type(plain), repr(plain) if isinstance(plain, (float, complex)) else plain))  # -0.0 is not 0.0, nan is nan
+        if self._watched is None:
+            self._watched = Watched(self.model)
+        self._watched.hooks(self.note)
         kinds = tuple((t.dtype, t.dim(), t.device, t.requires_grad) for t in call.tensors)
         device = call.tensors[0].device.type if call.tensors else "cpu"
         modes = torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return (call.spec, tuple(constants), kinds, modes, tuple(m.training for m in self._modules),
-                tuple((p.requires_grad, p.dtype) for p in self.model.parameters()))
+        return (call.spec, tuple(constants), kinds, modes, self._watched.attributes(),
+                tuple((p.requires_grad, p.dtype, p.shape) for p in self.model.parameters()))
 
     def _variant(self, entry: Entry, call: Call) -> Lowered:
         """The entry's program for a call: with the assumptions if the call meets them, else without. Made when first needed."""
@@ -140,7 +190,7 @@ class Dispatcher:
                 entry.assuming = found
             else:
                 entry.plain = found
-        if found.binding is None or found.binding.stale():
+        if found.binding is None:
             found.binding = self._bind(found)
         return found
 
@@ -159,21 +209,41 @@ class Dispatcher:
             raise CallError(f"{KINDS} kinds of call were captured already", where=type(self.model).__name__,
                             do="a constant argument changes at every call: pass it as a tensor")
         if known:
-            log.info("fxopt: capturing %s again: %s", type(self.model).__name__, reasons[-1])
+            self.note(f"captured again: {reasons[-1]}")
         if self.installed:
             self._refuse_unfrozen()
+        shapes = tuple(tuple(t.shape) for t in call.tensors)
+        try:
+            entry = self._attempt(call, exact=any(r.startswith(_EDGE) for r in reasons))
+        except (CaptureError, RuntimeError):
+            if not any(size < 2 for shape in shapes for size in shape):
+                raise
+            entry = self._attempt(call, exact=True)  # the code treats a size of 1 in its own way
+        self.entries.setdefault(self.key(call), []).append(entry)  # the passes may have changed what takes a gradient
+        return entry
+
+    def _attempt(self, call: Call, exact: bool) -> Entry:
+        """Capture, check, optimize and check again. With `exact`, for the call's own sizes of 0 and 1 alone."""
         with adapted.skeleton(self.model):
-            raw = capture(self.model, call, exact=any(r.startswith(_EDGE) for r in reasons))
-        self._note_hooks()
+            raw = capture(self.model, call, exact=exact)
+        if self.installed:
+            names = frozenset(name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers()))
+            raw = raw.replace(facts=raw.facts | {Installed(names)})
         entry = Entry(raw, guards(raw))
+        shapes = tuple(tuple(t.shape) for t in call.tensors)
+        verdict = entry.guards.check(shapes)
+        if verdict not in ("ok", "edge"):
+            raise CaptureError(f"the captured graph does not cover the call that it was captured from: {verdict}", where=type(self.model).__name__,
+                               do="the model's code fixes a size (with len() or int()): use x.shape, or call with at least two samples")
+        fresh, prove = not self.installed, self.check or verdict == "edge"
         small = self._small(entry, call) if self.check else call
-        outcome = self._compare_original(raw, small) if self.check and not self.installed and self._changes_function() else None
+        outcome = self._compare_original(raw, small) if prove and fresh and self._changes_function() else None
         usable = self._variant(entry, call)
         if outcome is not None:
             usable.checks.append(f"capture against the model: {outcome}")
-        if self.check:
-            usable.checks.append(f"program against {'its graph' if self._changes_function() else 'the model'}: {self._compare_lowered(usable, small)}")
-        self.entries.setdefault(self.key(call), []).append(entry)  # the passes may have changed what takes a gradient
+        if prove:
+            against = "its graph" if fresh and self._changes_function() else "the model"
+            usable.checks.append(f"program against {against}: {self._compare_lowered(usable, small, fresh)}")
         return entry
 
     def _lower(self, raw: Program, passes: Pipeline, call: Call) -> Lowered:
@@ -186,12 +256,12 @@ class Dispatcher:
         else:
             program = pipelines.run(passes, raw)
         if adapted.install(self.model, program):
-            self._modules = None
+            self._watched = None
         self.installed = self.installed or any(slot.made is not None for slot in program.slots.values())
         schedule = regions.cut(program, regions.repeated_blocks(self.model))
         for reason in schedule.dissolved:
             self.note(f"not a region of its own: {reason}")
-        return Lowered(program, schedule)
+        return Lowered(program, schedule, writes=any(writes_input(node) for node in program.nodes))
 
     def _changes_function(self) -> bool:
         """Whether a pass of the pipeline promises another function or other gradients than the model's."""
@@ -212,27 +282,35 @@ class Dispatcher:
 
     def _peek(self, call: Call) -> list[Any]:
         """The model's flat outputs, with state and random state put back."""
-        return selfcheck.outputs(self.model, lambda: self._original(call), call.tensors, SEED)
+        return selfcheck.outputs(self.model, lambda given: self._original(call, given), call.tensors, SEED)
 
-    def _original(self, call: Call) -> Any:
-        args, kwargs = call.rebuild(call.tensors)
+    def _original(self, call: Call, tensors: Sequence[torch.Tensor]) -> Any:
+        args, kwargs = call.rebuild(tensors)
         return type(self.model).forward(self.model, *args, **kwargs)
 
     def _compare_original(self, raw: Program, call: Call) -> selfcheck.Outcome:
         state = live_state(self.model, list(raw.slots.keys() - raw.constants.keys()))
-        return self._compare(lambda: self._original(call), lambda: raw.run(call.tensors, state), call, f"the captured graph of {type(self.model).__name__}")
+        return self._compare(lambda given: self._original(call, given), lambda given: raw.run(given, state), call,
+                             f"the captured graph of {type(self.model).__name__}")
 
-    def _compare_lowered(self, lowered: Lowered, call: Call) -> selfcheck.Outcome:
+    def _compare_lowered(self, lowered: Lowered, call: Call, fresh: bool) -> selfcheck.Outcome:
+        """The bound program against the original code, whose weights are the adapted ones.
+
+        `fresh`: right after the first capture, which was compared with the original before adapters came, the program's own
+        graph is the reference: it needs no dense copy of the weights.
+        """
         program, binding = lowered.program, lowered.binding
         assert binding is not None
-        if self._changes_function():
-            names = [n for n in program.slots if n not in program.constants and _read(program, n)]
-            original = lambda: program.run(call.tensors, live_state(self.model, names))  # noqa: E731
-        else:
-            original = lambda: self._original(call)  # noqa: E731
-        return self._compare(original, lambda: binding([t.contiguous() for t in call.tensors]), call, f"the optimized {type(self.model).__name__}")
+        names = [n for n in program.slots if n not in program.constants and _read(program, n)]
 
-    def _compare(self, original: Callable[[], Any], graph: Callable[[], Any], call: Call, what: str) -> selfcheck.Outcome:
+        def original(given: Sequence[torch.Tensor]) -> Any:
+            if fresh and self._changes_function():
+                return program.run(given, live_state(self.model, names))
+            return self._original(call, given)
+
+        return self._compare(original, lambda given: binding([t.contiguous() for t in given]), call, f"the optimized {type(self.model).__name__}")
+
+    def _compare(self, original: selfcheck.Run, graph: selfcheck.Run, call: Call, what: str) -> selfcheck.Outcome:
         expected, found = (selfcheck.step(self.model, run, call.tensors, SEED) for run in (original, graph))
         return selfcheck.compare(self.model, expected, found, what, lambda: selfcheck.rounded(self.model, original, call.tensors, SEED))
 
@@ -243,7 +321,7 @@ class Dispatcher:
             return "ok"
         try:
             lowered = self._variant(entry, call)
-            outcome = self._compare_lowered(lowered, call)
+            outcome = self._compare_lowered(lowered, call, fresh=False)
         except (CaptureError, RuntimeError) as error:
             first = str(error).splitlines()[0]
             self.note(f"a call with sizes {pattern} is captured on its own: {first}")
@@ -257,12 +335,6 @@ class Dispatcher:
         for name, parameter in self.model.named_parameters():
             if name in frozen and parameter.requires_grad:
                 raise CallError(f"{name} was given a gradient after a pass had frozen it", do="train it from the start: leave it out of the frozen set")
-
-    def _note_hooks(self) -> None:
-        blocks = set(regions.repeated_blocks(self.model)) | {""}
-        for name, module in self.model.named_modules():
-            if name not in blocks and (module._forward_hooks or module._forward_pre_hooks):
-                self.note(f"forward hooks of {name} run during capture only: put them on a block, or ask for a value with a tap")
 
     def note(self, text: str) -> None:
         """Keep a sentence for the report, and log it once."""
@@ -279,12 +351,17 @@ def _assumptions(passes: Pipeline, raw: Program) -> tuple[Assumption, ...]:
     return pipelines.run(Pipeline(tuple(passes)[: may[-1] + 1]), raw).assumptions
 
 
+def writes_input(node: fx.Node) -> bool:
+    """Whether a node writes into memory of one of the call's tensors."""
+    return node.op == "call_function" and mutates(node) and any(regions.memory(i).op == "placeholder" for i in node.all_input_nodes[:1])
+
+
 def _read(program: Program, name: str) -> bool:
     return any(node.op == "get_attr" and node.target == name for node in program.graph.nodes)
 
 
 def _unbound(lowered: Lowered | None) -> Lowered | None:
-    return None if lowered is None else Lowered(lowered.program, lowered.schedule, None, list(lowered.checks))
+    return None if lowered is None else Lowered(lowered.program, lowered.schedule, lowered.writes, None, list(lowered.checks))
 
 
 def _without_assumptions(passes: Pipeline) -> Pipeline:

@@ -160,8 +160,8 @@ def test_the_self_check_restores_everything() -> None:
 def test_the_comparison_can_fail() -> None:
     model = nn.Linear(3, 3)
     x = torch.randn(2, 3)
-    good = selfcheck.step(model, lambda: model(x), (x,), 0)
-    for wrong in (lambda: model(x) * 1.01, lambda: model(x.flip(0)), lambda: F.linear(x, model.weight.detach(), model.bias),
-                  lambda: F.linear(x, model.weight)):
+    good = selfcheck.step(model, lambda given: model(given[0]), (x,), 0)
+    for wrong in (lambda _: model(x) * 1.01, lambda _: model(x.flip(0)), lambda _: F.linear(x, model.weight.detach(), model.bias),
+                  lambda _: F.linear(x, model.weight)):
         with pytest.raises(CaptureError):
             selfcheck.compare(model, good, selfcheck.step(model, wrong, (x,), 0), "the graph")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -29,9 +31,14 @@ def check(spec: Spec, passes: str) -> None:
     for size in (SIZE,) if spec.static else (SIZE, (2, 7), (1, 4)):
         kwargs = inputs(spec, *size)
         tensors = Call.of((), kwargs).tensors
-        expected = selfcheck.step(model, lambda: model(**kwargs), tensors, 1)
-        selfcheck.compare(model, expected, selfcheck.step(model, lambda: opt(**kwargs), tensors, 1), "the optimized model",
-                          lambda: selfcheck.rounded(model, lambda: model(**kwargs), tensors, 1))
+        call = Call.of((), kwargs)
+
+        def original(given: Sequence[torch.Tensor]) -> Any:
+            return model(**call.rebuild(given)[1])
+
+        expected = selfcheck.step(model, original, tensors, 1)
+        selfcheck.compare(model, expected, selfcheck.step(model, lambda given: opt(**call.rebuild(given)[1]), tensors, 1), "the optimized model",
+                          lambda: selfcheck.rounded(model, original, tensors, 1))
     assert sum(map(len, opt.dispatcher.entries.values())) == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +34,8 @@ class Call:
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """Flatten a call. Dataclass-like containers that pytree does not know stay leaves (constants)."""
-        flat, spec = pytree.tree_flatten((args, dict(kwargs)))
+        """Flatten a call. Dataclasses are opened; other objects that pytree does not know stay leaves (constants)."""
+        flat, spec = pytree.tree_flatten(opened((args, dict(kwargs)), only=dataclasses.is_dataclass))
         leaves = tuple(None if isinstance(x, torch.Tensor) else (x,) for x in flat)
         return cls(spec, leaves, tuple(x for x in flat if isinstance(x, torch.Tensor)))
 

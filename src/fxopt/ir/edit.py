@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.errors import CheckError
 from fxopt.ir import meta
+from fxopt.ir.facts import Installed
 from fxopt.ir.program import Assumption, Miss, Program, Record, Rewrite, Slot
 
 
@@ -229,6 +230,11 @@ class Edit:
     def outputs(self) -> list[Any]:
         """The flat outputs as edited so far: nodes or constants."""
         return list(next(reversed(self.graph.nodes)).args[0])
+
+    @property
+    def installed(self) -> frozenset[str] | None:
+        """Names of the state that earlier programs of the model brought, or None if this is the first."""
+        return next((fact.names for fact in self.facts if isinstance(fact, Installed)), None)
 
     def trainable(self, name: str) -> bool:
         """Whether the slot takes a gradient, as edited so far."""

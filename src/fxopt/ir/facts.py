@@ -8,6 +8,13 @@ import torch
 
 
 @dataclass(frozen=True)
+class Installed:
+    """A fact: the model carries this state of earlier programs. Passes use these slots and make no others."""
+
+    names: frozenset[str]
+
+
+@dataclass(frozen=True)
 class LowRank:
     """A slot that is one factor of a low-rank adapter: W' = W + scale * B A (transposed weights: W + scale * (B A)^T).
 

@@ -132,6 +132,25 @@ def cut(program: Program, blocks: Iterable[str]) -> Schedule:
         dissolved.append(f"{schedule[0]}: {schedule[1]}")
 
 
+def influences(region: Region) -> tuple[frozenset[int], ...]:
+    """For each argument, the outputs that a gradient could flow from to it."""
+    reached: dict[fx.Node, frozenset[int]] = {}
+    output = next(reversed(region.graph.nodes))
+    for index, node in enumerate(output.args[0]):
+        if isinstance(node, fx.Node):
+            reached[node] = reached.get(node, frozenset()) | {index}
+    for node in reversed(region.graph.nodes):
+        found = reached.get(node, frozenset())
+        if node is output or not found or node.target is aten.detach.default:
+            continue
+        known = meta.tensors(node)
+        if known and not any(t.is_floating_point() or t.is_complex() for t in known):
+            continue
+        for source in node.all_input_nodes:
+            reached[source] = reached.get(source, frozenset()) | found
+    return tuple(reached.get(n, frozenset()) for n in region.graph.nodes if n.op == "placeholder")
+
+
 def differentiable_outputs(region: Region, requires_grad: Sequence[bool]) -> tuple[bool, ...]:
     """For each output, whether a gradient could flow to it from an argument that requires one."""
     carries: set[fx.Node] = set()
@@ -159,7 +178,7 @@ def lazy_nodes(program: Program) -> dict[str, tuple[fx.Node, ...]]:
     return found
 
 
-def _memory(node: fx.Node) -> fx.Node:
+def memory(node: fx.Node) -> fx.Node:
     """The node whose memory a node's value may share, through views and in-place operations."""
     while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes:
         returns = node.target._schema.returns
@@ -204,7 +223,7 @@ def _try_cut(program: Program, wanted: list[str], dissolved: list[str]) -> Sched
         if node.op == "output" or node in later:
             continue
         needed = max((deps[i] for i in node.all_input_nodes), default=0)
-        touched = [_memory(i) for i in node.all_input_nodes]
+        touched = [memory(i) for i in node.all_input_nodes]
         needed = max([needed, *(writes.get(m, 0) for m in touched)])
         if mutates(node):
             needed = max([needed, *(reads.get(m, 0) for m in touched)])
@@ -223,10 +242,10 @@ def _try_cut(program: Program, wanted: list[str], dissolved: list[str]) -> Sched
             level[node] = deps[node] = needed + (needed % 2)
         if effectful(node):
             effects = level[node]
-        for memory in touched:
-            reads[memory] = max(reads.get(memory, 0), level[node])
+        for root in touched:
+            reads[root] = max(reads.get(root, 0), level[node])
             if mutates(node):
-                writes[memory] = level[node]
+                writes[root] = level[node]
     # a block's node that reads a later gap was caught above; a gap's node needs all its blocks to be done: by level
     groups: dict[int, list[fx.Node]] = {}
     for node in nodes:

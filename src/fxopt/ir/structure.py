@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,13 +32,13 @@ def _unflatten(children: Any, context: Any) -> Any:
 pytree.register_pytree_node(Opened, _flatten, _unflatten, serialized_type_name="fxopt.ir.structure.Opened")
 
 
-def opened(value: Any, depth: int = 0) -> Any:
-    """`value` with every object that holds tensors, and that pytree does not know, opened."""
+def opened(value: Any, depth: int = 0, only: Callable[[Any], bool] = lambda x: True) -> Any:
+    """`value` with every object that holds tensors, that pytree does not know, and that `only` admits, opened."""
 
     def leaf(x: Any) -> Any:
-        if isinstance(x, torch.Tensor) or isinstance(x, type) or not hasattr(x, "__dict__") or depth >= DEPTH or not _holds_tensors(x):
+        if isinstance(x, torch.Tensor) or isinstance(x, type) or not hasattr(x, "__dict__") or depth >= DEPTH or not only(x) or not _holds_tensors(x):
             return x
-        return Opened(type(x), {name: opened(held, depth + 1) for name, held in vars(x).items()})
+        return Opened(type(x), {name: opened(held, depth + 1, only) for name, held in vars(x).items()})
 
     return pytree.tree_map(leaf, value)
 

@@ -8,6 +8,7 @@ traced joint graph holds `fxopt.X_backward` as one node and a pass can see what 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -195,10 +196,24 @@ def register(op: FusedOp) -> FusedOp:
 def _define(kernel: Kernel) -> None:
     _LIBRARY.define(kernel.schema, tags=_TAGS)
     # One body for every device; a device with a kernel of its own has its own key above it.
-    _LIBRARY.impl(kernel.name, kernel.body, "CompositeExplicitAutograd")
+    _LIBRARY.impl(kernel.name, _below_autocast(kernel.body), "CompositeExplicitAutograd")
     if kernel.cuda is not None:
         _LIBRARY.impl(kernel.name, _load_on_first_call(kernel.cuda), "CUDA")
     register_fake(f"{NAMESPACE}::{kernel.name}", kernel.fake, lib=_LIBRARY)
+
+
+def _below_autocast(body: Callable) -> Callable:
+    """The body with autocast off: an op says itself in which dtypes it computes."""
+
+    @functools.wraps(body)
+    def run(*args):
+        device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
+        if not torch.is_autocast_enabled(device):
+            return body(*args)
+        with torch.autocast(device, enabled=False):
+            return body(*args)
+
+    return run
 
 
 def _load_on_first_call(place: str) -> Callable:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 import torch.fx as fx
 
+from fxopt.errors import PassError
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit, rule_here
 from fxopt.ir.index import Flow, called, full_arguments, same_strides, static, viewed
@@ -41,6 +42,12 @@ class Fuse(Pass):
     name: ClassVar[str] = "fuse"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     promise: ClassVar[Promise] = Promise(values="tolerance")
+
+    def __post_init__(self) -> None:
+        known = sorted({rule.op.name for rule in rules()})
+        for name in self.ops:
+            if name not in known:
+                raise PassError(f"fuse: there is no op {name!r} with patterns", do=f"the ops are {', '.join(known)}")
 
     def run(self, edit: Edit) -> None:
         """Larger patterns first: a smaller one may be a part of a larger one."""

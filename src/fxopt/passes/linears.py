@@ -113,14 +113,23 @@ def head(edit: Edit, linears: list[Linear], products: Iterable[fx.Node] = ()) ->
     rest = {linear.node for linear in linears if linear.name != last.name} | set(products)
     if not rest:
         return None
+    # each output that the last linear reaches, looked at alone: hidden states or caches beside the logits do not matter
+    for out in next(reversed(edit.nodes)).all_input_nodes:
+        if last.node in _ancestors(out, None) and rest & _ancestors(out, last.node):
+            return None
+    return last.name
+
+
+def _ancestors(node: fx.Node, without: fx.Node | None) -> set[fx.Node]:
+    """Everything that a node is computed from, not looking behind `without`."""
     reached: set[fx.Node] = set()
-    stack = list(next(reversed(edit.nodes)).all_input_nodes)
+    stack = [node]
     while stack:
-        node = stack.pop()
-        if node not in reached and node is not last.node:
-            reached.add(node)
-            stack.extend(node.all_input_nodes)
-    return None if rest & reached else last.name
+        found = stack.pop()
+        if found not in reached and found is not without:
+            reached.add(found)
+            stack.extend(found.all_input_nodes)
+    return reached
 
 
 def cast(edit: Edit, node: fx.Node | None, dtype: torch.dtype, like: fx.Node) -> fx.Node | None:

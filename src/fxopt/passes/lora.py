@@ -87,6 +87,8 @@ class Lora(Pass):
 
     def _choose(self, edit: Edit, found: list[linears.Linear]) -> set[str]:
         names = list(dict.fromkeys(linear.name for linear in found))
+        if edit.installed is not None:  # another kind of call of an adapted model: the same adapters
+            return {name for name in names if adapter_slot(name, "a") in edit.installed}
         shared = {name: readers for name in names if (readers := linears.others(edit, name, [x for x in found if x.name == name]))}
         tied = {name: edit.slots[name].aliases[0] for name in names if edit.slots[name].aliases and name not in shared}
         if self.targets == "all-linear":

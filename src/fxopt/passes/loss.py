@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.fx as fx
 
+from fxopt.errors import PassError
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit, effectful, rule_here
 from fxopt.ir.index import Flow, arguments, called, static
@@ -43,6 +44,10 @@ class Loss(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     establishes: ClassVar[frozenset[str]] = frozenset({"fused loss"})
     promise: ClassVar[Promise] = Promise(values="tolerance")
+
+    def __post_init__(self) -> None:
+        if self.chunk < 0:
+            raise PassError(f"loss: chunk must be at least 0, got {self.chunk}")
 
     def run(self, edit: Edit) -> None:
         """Try every cross entropy in the graph."""

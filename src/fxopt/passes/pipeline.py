@@ -220,9 +220,9 @@ def apply(pass_: Pass, program: Program) -> Program:
     edit.facts -= pass_.destroys
     edit.facts |= pass_.establishes
     tags = pass_.promise.values == "same" and edit.facts != program.facts
-    if not (promises.changed(edit) or tags) or (pass_.must_fire and not edit.rewrites):
+    if not (promises.changed(edit) or tags) or (pass_.must_fire and not edit.rewrites and edit.installed is None):
         why = _reasons(edit)
-        if pass_.must_fire:
+        if pass_.must_fire and edit.installed is None:
             raise PassError(f"{pass_} changed nothing{why}", do="change its arguments, or take it out of the pipeline")
         edit.note(f"changed nothing{why}")
     try:

@@ -64,6 +64,8 @@ class Quantize(Pass):
         edit.dead()
 
     def _refuse(self, edit: Edit, name: str, users: list[linears.Linear | fx.Node], head: str | None) -> str | None:
+        if edit.installed is not None:
+            return None if f"{name}.packed" in edit.installed else "was not quantized when the model was first captured"
         if edit.trainable(name):
             return "is trained: only frozen weights are quantized (put lora before quantize)"
         if edit.slots[name].aliases:

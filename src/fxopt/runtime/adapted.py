@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,7 +58,9 @@ class NF4Weight(nn.Module):
         return torch.ops.fxopt.nf4_dequantize(self.packed, self.absmax, list(self.stored.shape), self.stored.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> NF4Weight:
-        device = fn(torch.empty(0, dtype=torch.uint8, device=self.packed.device)).device  # scales stay fp32 under .to(dtype)
+        # codes and scales only move; a cast changes the dtype of the dense weight that they stand for
+        probe = fn(torch.empty(0, dtype=self.stored.dtype, device=self.packed.device))
+        device, self.stored = probe.device, dataclasses.replace(self.stored, dtype=probe.dtype)
         self.packed, self.absmax = self.packed.to(device), self.absmax.to(device)
         return self
 
@@ -268,7 +271,7 @@ def skeleton(model: nn.Module) -> Iterator[None]:
             for leaf, weight in weights.items():
                 if weight.stored is not None:
                     device = module._modules[leaf].packed.device  # type: ignore[union-attr]
-                    empty = torch.empty(weight.stored.shape, dtype=weight.stored.dtype, device=device)
+                    empty = torch.empty(weight.stored.shape, dtype=module._modules[leaf].stored.dtype, device=device)  # type: ignore[union-attr]
                     empty.untyped_storage().resize_(0)
                     del module._modules[leaf]
                     _put(module, leaf, nn.Parameter(empty, requires_grad=False), weight.position)

@@ -106,7 +106,6 @@ class Binding:
         self.guards = guards(program)
         self.lazy = {name: self._lazy(name, nodes) for name, nodes in schedule.lazy.items()}
         self.dead_after = self._last_uses()
-        self.chain = self._chain()
 
     def _cell(self, name: str) -> Any:
         if name in self.program.constants:
@@ -172,14 +171,6 @@ class Binding:
         example = meta.value(nodes[-1])
         return LazyOutput.of(torch.Size(self.guards.sizes(example.shape, shapes)), example.dtype, next(v.device for v in local.values() if isinstance(v, torch.Tensor)),
                              compute, [v for v in local.values() if isinstance(v, torch.Tensor)])
-
-    def _chain(self) -> list[tuple[Mapping[str, Any], str, Any]]:
-        """Every (parent's `_modules`, name, child), to notice that a submodule was replaced after the capture."""
-        return [(module._modules, name, child) for module in self.model.modules() for name, child in module._modules.items()]
-
-    def stale(self) -> bool:
-        """Whether a submodule was replaced since the program was bound."""
-        return any(store.get(name) is not child for store, name, child in self.chain)
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
         """Flat outputs for the flat tensor inputs."""

@@ -15,7 +15,8 @@ class LazyOutput(torch.Tensor):
     """A tensor whose values do not exist until the first operation on it (the logits beside a fused loss).
 
     Shape, dtype and device are known; any operation, also `.numpy()` or printing, computes it once, with autograd.
-    If a parameter that it depends on was changed in the meantime, that is an error, not a wrong value.
+    If a parameter that it depends on was changed in the meantime, that is an error, not a wrong value (writes through
+    `.data` bypass torch's version counter, and cannot be seen).
     """
 
     _compute: Callable[[], torch.Tensor]
@@ -37,7 +38,8 @@ class LazyOutput(torch.Tensor):
             if any(t._version != version for t, version in self._versions):
                 raise CallError("this output was not computed when the model ran, and a parameter it depends on has changed since",
                                 do='read it before the optimizer step, or keep it: use the pass `loss(logits="keep")`')
-            self._made = self._compute()
+            with torch.set_grad_enabled(self.requires_grad):  # read first without gradients, it may still be differentiated later
+                self._made = self._compute()
             self._versions = []
             del self._compute
         return self._made

@@ -258,6 +258,9 @@ def _finite_norm(model: nn.Module, parameters: Sequence[nn.Parameter], clip: flo
 
 
 def _planned_steps(data: Iterable[Batch], steps: int | None, epochs: int | None, accumulate: int) -> int:
+    for name, value in (("steps", steps), ("epochs", epochs), ("accumulate", accumulate)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise DataError(f"`{name}` is {value!r}, which is not a whole number.", where="fit")
     if (steps is None) == (epochs is None):
         raise DataError("Give either `steps` or `epochs`.", where="fit")
     if steps is None:

@@ -14,7 +14,7 @@ from fxopt.errors import LowerError
 from fxopt.ir import joint as joints
 from fxopt.ir.edit import effectful
 from fxopt.ir.partition import Policy, Split, split
-from fxopt.ir.regions import Region, differentiable_outputs
+from fxopt.ir.regions import Region, differentiable_outputs, influences
 
 log = logging.getLogger("fxopt")
 
@@ -44,6 +44,7 @@ class RegionRunner:
         random = any(effectful(n) for n in region.graph.nodes if n.op == "call_function")
         self.quiet: frozenset[int] = frozenset() if random else frozenset(quiet)
         self.compiled: dict[Any, Compiled] = {}
+        self.influences = influences(region)
         self.inference = fx.GraphModule(dict(region.modules), region.graph)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RegionRunner:
@@ -141,8 +142,10 @@ class _RegionFunction(torch.autograd.Function):
         wanted = [_as_traced(tangents[i], ctx.layouts[i]) for i in plan.tangents]
         grads = plan.backward(*saved, *wanted)
         found: list[Any] = [None] * ctx.n_args
+        given = {i for i, t in enumerate(tangents) if t is not None}
         for index, grad in zip(plan.wanted, grads):
-            found[index] = grad
+            if ctx.runner.influences[index] & given:  # else there is no gradient, which is not a gradient of zeros
+                found[index] = grad
         return (None, None, *found)
 
 

@@ -20,6 +20,9 @@ from fxopt.runtime.binding import locate
 GRADIENT_BYTES = 2 << 30
 
 
+Run = Callable[[Sequence[torch.Tensor]], Any]
+
+
 @dataclass(frozen=True)
 class Step:
     """What one step of a model gave: flat outputs, gradients by name, buffers by name."""
@@ -55,19 +58,26 @@ def _restored(model: nn.Module, devices: Sequence[int]) -> Iterator[None]:
                         live.copy_(kept)
 
 
-def outputs(model: nn.Module, run: Callable[[], Any], inputs: Sequence[torch.Tensor], seed: int) -> list[Any]:
+def outputs(model: nn.Module, run: Run, inputs: Sequence[torch.Tensor], seed: int) -> list[Any]:
     """The flat outputs of a run under a seed, without gradients; state and random state are put back."""
     with _restored(model, _devices(model, inputs)), torch.no_grad():
         torch.manual_seed(seed)
-        return pytree.tree_leaves(opened(run()))
+        return pytree.tree_leaves(opened(run(_copies(inputs))))
 
 
 def _devices(model: nn.Module, inputs: Sequence[torch.Tensor]) -> list[int]:
     return sorted({t.device.index or 0 for t in (*inputs, *model.parameters()) if t.device.type == "cuda"})
 
 
-def step(model: nn.Module, run: Callable[[], Any], inputs: Sequence[torch.Tensor], seed: int) -> Step:
-    """Run once under a seed, take all gradients of the sum of the losses (or of a fixed random projection of the outputs)."""
+def _copies(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies for one run, which may write into them; what was one tensor stays one, strides are kept."""
+    made: dict[int, torch.Tensor] = {}
+    return [made.setdefault(id(t), t.detach().clone().requires_grad_(t.requires_grad)) for t in inputs]
+
+
+def step(model: nn.Module, run: Run, inputs: Sequence[torch.Tensor], seed: int) -> Step:
+    """Run once on copies of the inputs under a seed, take all gradients of the sum of the losses (or of a fixed random projection of the outputs)."""
+    inputs = _copies(inputs)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     named += [(f"input {i}", t) for i, t in enumerate(inputs) if t.requires_grad]
     total = sum(p.numel() * p.element_size() for _, p in named)
@@ -75,7 +85,7 @@ def step(model: nn.Module, run: Callable[[], Any], inputs: Sequence[torch.Tensor
     chosen = named[::stride]
     with _restored(model, _devices(model, inputs)):
         torch.manual_seed(seed)
-        outputs = pytree.tree_leaves(opened(run()))
+        outputs = pytree.tree_leaves(opened(run(inputs)))
         gradients: dict[str, torch.Tensor | None] = {name: None for name, _ in chosen}
         floats = [o for o in outputs if isinstance(o, torch.Tensor) and o.is_floating_point() and o.requires_grad]
         if torch.is_grad_enabled() and floats and chosen:
@@ -110,7 +120,7 @@ def _projected(output: torch.Tensor) -> torch.Tensor:
     return (output * direction).sum() / max(output.numel(), 1) ** 0.5
 
 
-def rounded(model: nn.Module, run: Callable[[], Any], inputs: Sequence[torch.Tensor], seed: int) -> list[Step]:
+def rounded(model: nn.Module, run: Run, inputs: Sequence[torch.Tensor], seed: int) -> list[Step]:
     """Steps of the original with every parameter moved by one rounding of its dtype: how much rounding alone can do."""
     kept = [(p, p.detach().clone()) for p in model.parameters() if p.is_floating_point()]
     found = []
