@@ -73,6 +73,7 @@ def demo_rounds(rounds: int, systems: Sequence[str], folder: Path) -> Iterator[d
         for name in systems:
             module, *options = SYSTEMS[name]
             record = process(module, [file, str(out), *options], out, cache)
+            record.pop("adapter", None)  # a path of this machine
             yield {"row": name, "round": index, "warmup": WARMUP, "batch": plan.batch, **record}
 
 
