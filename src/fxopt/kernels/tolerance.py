@@ -68,7 +68,7 @@ SELF_CHECK = {
     torch.complex128: 1e-9,
     torch.float32: 1e-4,
     torch.complex64: 1e-4,
-    torch.bfloat16: 2e-1,
+    torch.bfloat16: 1e-1,
     torch.float16: 2e-2,
 }
 # A gradient that is smaller than this part of the largest one is rounding (a bias in front of a
