@@ -6,6 +6,7 @@ import importlib
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from hypothesis import HealthCheck, Phase, given, settings
 from oracle import failures, run, same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -66,8 +67,8 @@ def check_case(op, case):
 def test_fake_agrees_with_real(op):
     def check(case):
         with FakeTensorMode() as mode:
-            fakes = op.overload(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in case.args))
-        reals = op.overload(*case.args)
+            fakes = op.overload(*case.packed([mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in case.args]))
+        reals = op.overload(*case.packed())
         assert described(fakes) == described(reals)
 
     on_cases(op, check, 60)
@@ -92,7 +93,7 @@ def test_the_backward_op_gets_the_mask_and_its_fake_agrees(op):
             if op.name != "rope":  # It has no mask: an unused gradient is not passed.
                 assert sum(args[-1]) == len(case.grads)
             with FakeTensorMode() as mode:
-                fakes = op.backward.overload(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
+                fakes = op.backward.overload(*pytree.tree_map_only(torch.Tensor, mode.from_tensor, args))
             assert described(fakes) == described(reals)
             assert sum(part is not None for part in reals) == len(case.grads)
 
@@ -121,7 +122,7 @@ class recorded(torch.utils._python_dispatch.TorchDispatchMode):
 def test_grad_output_is_not_written_to(op):
     def check(case):
         args = leaves(case)
-        outputs = [out for out in op(*args) if out.requires_grad]
+        outputs = [out for out in op(*case.packed(args)) if out.requires_grad]
         pulls = [torch.randn(out.shape, dtype=torch.float64).to(out.dtype) for out in outputs]
         before = [pull.clone() for pull in pulls]
         torch.autograd.backward(outputs, pulls)
@@ -140,7 +141,7 @@ def test_gradcheck(op):
             full = list(args)
             for place, part in zip(places, parts, strict=True):
                 full[place] = part
-            return [out for out in op(*full) if out.requires_grad]
+            return [out for out in op(*case.packed(full)) if out.requires_grad]
 
         assert torch.autograd.gradcheck(of_leaves, [args[place] for place in places], fast_mode=True)
 
@@ -153,7 +154,7 @@ def _fp64(case):
 
 def _usable(op, case):
     """Has rows and a finite result: the tools of torch do not take NaN for equal to NaN."""
-    return _has_rows(case) and all(out.isfinite().all() for out in op(*case.args))
+    return _has_rows(case) and all(out.isfinite().all() for out in op(*case.packed()))
 
 
 @every_op
@@ -163,7 +164,7 @@ def test_opcheck(op):
     def check(case):
         if len(seen) < 6:
             seen.append(case)
-            torch.library.opcheck(op.overload, leaves(case))
+            torch.library.opcheck(op.overload, tuple(case.packed(leaves(case))))
 
     on_cases(op, check, 6, lambda case: _usable(op, case))
     assert seen
@@ -175,7 +176,7 @@ def test_opcheck_of_the_backward(op):
         with recorded(op.backward.overload) as calls:
             run(op, case, case.args)
         for args, _ in calls:
-            torch.library.opcheck(op.backward.overload, tuple(map(detached, args)))
+            torch.library.opcheck(op.backward.overload, pytree.tree_map(detached, args))
 
     on_cases(op, check, 4, lambda case: _usable(op, case))
 
@@ -188,7 +189,7 @@ def detached(arg):
 def test_a_second_derivative_is_refused(op):
     case = drawn_cases(op, lambda case: 0 in case.grads)[0]
     args = leaves(case)
-    loss = sum(out.square().sum() for out in op(*args))
+    loss = sum(out.square().sum() for out in op(*case.packed(args)))
     (grad,) = torch.autograd.grad(loss, args[0], create_graph=True)
     with pytest.raises(CheckError, match="second derivatives"):
         grad.sum().backward()
@@ -199,16 +200,16 @@ class Calls(torch.nn.Module):
 
     def __init__(self, op, case):
         super().__init__()
-        self.op, self.args = op, case.args
+        self.op, self.case = op, case
 
     def forward(self, *tensors):
         given = iter(tensors)
-        args = [next(given) if isinstance(arg, torch.Tensor) else arg for arg in self.args]
-        return self.op(*args)
+        args = [next(given) if isinstance(arg, torch.Tensor) else arg for arg in self.case.args]
+        return self.op(*self.case.packed(args))
 
 
 def tensors_of(args):
-    return tuple(arg for arg in args if isinstance(arg, torch.Tensor))
+    return tuple(part for arg in args for part in (arg if isinstance(arg, list) else [arg]) if isinstance(part, torch.Tensor))
 
 
 @every_op
@@ -219,7 +220,7 @@ def test_export_keeps_one_node(op):
         targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
         assert targets.count(op.overload) == 1
         assert all(target is op.overload or "getitem" in str(target) for target in targets)
-        for mine, theirs in zip(op(*case.args), program.module()(*tensors), strict=True):
+        for mine, theirs in zip(op(*case.packed()), program.module()(*tensors), strict=True):
             assert same_bits(mine, theirs)
         inference = program.run_decompositions()
         assert op.overload in [node.target for node in inference.graph.nodes]
@@ -274,7 +275,7 @@ def test_symbolic_shapes_do_not_specialize(op):
         fakes = [
             mode.from_tensor(arg, static_shapes=False) if isinstance(arg, torch.Tensor) else arg for arg in case.args
         ]
-        out = op.overload(*fakes)
+        out = op.overload(*case.packed(fakes))
     out = out[0] if isinstance(out, (tuple, list)) else out
     if op.name != "nf4_dequantize" and out.dim():  # Its shape is an argument.
         assert any(isinstance(size, torch.SymInt) for size in out.shape)
@@ -294,3 +295,17 @@ def test_inductor_gives_the_same_gradients(op):
 def test_the_contract_is_written_down(op):
     assert len(op.doc.splitlines()) > 5, "the body's docstring is the contract: shapes, dtypes, errors, source"
     assert "Returns" in op.doc and "Source" in op.doc
+
+
+@every_op
+def test_rows_are_calls_of_the_op(op):
+    rows = list(importlib.import_module(f"{op.folder}.cases").rows())
+    labels = [label for label, _ in rows]
+    assert rows and len(set(labels)) == len(labels)
+    for _, case in rows:
+        with FakeTensorMode() as mode:
+            args = [mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in case.args]
+            assert op(*args)
+        floating = {arg.dtype for arg in case.args if isinstance(arg, torch.Tensor) and arg.is_floating_point()}
+        assert floating == {torch.float32}
+        assert bool(case.grads) == (op.backward is not None)

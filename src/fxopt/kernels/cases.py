@@ -2,6 +2,9 @@
 
 Values come from a seeded generator, not from hypothesis: it explores shapes and options, where the
 bugs of such ops are, and a failing case prints small.
+
+The sizes below are those of a row: a call at the size of a 135-million-parameter language model, for measurements and for
+compiling the kernels that it starts. `cases.py` of an op gives its rows in fp32.
 """
 
 from __future__ import annotations
@@ -10,6 +13,15 @@ import torch
 from hypothesis import strategies as st
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+TOKENS, BATCH = 1024, 4
+HIDDEN, MLP, VOCABULARY = 576, 1536, 49152
+HEADS, KV_HEADS, HEAD_DIM, RANK = 9, 3, 64, 16
+
+
+def normal(*shape: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
+    """fp32 normal values of a row, the same ones at every call."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 def dtypes() -> st.SearchStrategy[torch.dtype]:

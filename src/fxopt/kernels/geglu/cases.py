@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from hypothesis import strategies as st
 
-from fxopt.kernels.cases import dtypes, leading, seeds, subset, tensors, widths
+from fxopt.kernels.cases import MLP, TOKENS, dtypes, leading, normal, seeds, subset, tensors, widths
 from fxopt.kernels.geglu.body import APPROXIMATIONS
 from fxopt.kernels.op import Case
 
@@ -16,3 +18,10 @@ def cases(draw):
     return Case(
         (gate, up, draw(st.sampled_from(APPROXIMATIONS))), draw(subset((0, 1))), draw(st.booleans()), draw(seeds())
     )
+
+
+def rows() -> Iterator[tuple[str, Case]]:
+    """(label, call) at the sizes of `kernels/cases.py`."""
+    gate, up = normal(TOKENS, MLP), normal(TOKENS, MLP, seed=1)
+    yield "", Case((gate, up, "tanh"), (0, 1))
+    yield "erf", Case((gate, up, "none"), (0, 1))

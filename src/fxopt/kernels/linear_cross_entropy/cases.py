@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from hypothesis import strategies as st
 
-from fxopt.kernels.cases import dtypes, leading, seeds, subset, tensors
+from fxopt.kernels.cases import HIDDEN, TOKENS, VOCABULARY, dtypes, leading, normal, seeds, subset, tensors
 from fxopt.kernels.linear_cross_entropy.body import REDUCTIONS
 from fxopt.kernels.op import Case
 
@@ -39,3 +41,14 @@ def cases(draw):
         mask,
     )
     return Case(args, grads, draw(st.booleans()), draw(seeds()))
+
+
+def rows() -> Iterator[tuple[str, Case]]:
+    """(label, call) at the sizes of `kernels/cases.py`."""
+    hidden, weight = normal(TOKENS, HIDDEN), normal(VOCABULARY, HIDDEN, scale=0.02, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    for label, supervised in (("all rows supervised", 1.0), ("20% of rows supervised", 0.2)):
+        target = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
+        target[torch.rand(TOKENS, generator=generator) >= supervised] = -100
+        args = (hidden, weight, None, target, -100, "mean", 0.0, 0.0, 1.0, 0, [True, False, False])
+        yield label, Case(args, (0,))

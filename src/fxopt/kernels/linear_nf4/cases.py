@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from hypothesis import strategies as st
 
-from fxopt.kernels.cases import dtypes, leading, seeds, subset, tensors
+from fxopt.kernels.cases import HIDDEN, MLP, TOKENS, dtypes, leading, normal, seeds, subset, tensors
 from fxopt.kernels.nf4.reference import quantize
 from fxopt.kernels.op import Case
 
@@ -20,3 +22,9 @@ def cases(draw):
     bias = draw(st.none() | tensors((outputs,), dtype))
     args = (x, packed, absmax, shape, bias, transposed)
     return Case(args, draw(subset((0,) if bias is None else (0, 4))), draw(st.booleans()), draw(seeds()))
+
+
+def rows() -> Iterator[tuple[str, Case]]:
+    """(label, call) at the sizes of `kernels/cases.py`."""
+    packed, absmax = quantize(normal(MLP, HIDDEN, scale=0.02))
+    yield "", Case((normal(TOKENS, HIDDEN), packed, absmax, [MLP, HIDDEN], None, False), (0,))

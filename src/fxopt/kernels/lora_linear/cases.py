@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from hypothesis import strategies as st
 
-from fxopt.kernels.cases import dtypes, leading, seeds, subset, tensors
+from fxopt.kernels.cases import HIDDEN, MLP, RANK, TOKENS, dtypes, leading, normal, seeds, subset, tensors
 from fxopt.kernels.nf4.reference import quantize
 from fxopt.kernels.op import Case
 
@@ -26,3 +28,11 @@ def cases(draw):
     args = (x, weight, bias, absmax, shape, lora_a, lora_b, draw(st.sampled_from((1.0, 0.25, 2.0))), transposed)
     places = (0, 5, 6) + (() if quantized else (1,)) + (() if bias is None else (2,))
     return Case(args, draw(subset(places)), draw(st.booleans()), draw(seeds()))
+
+
+def rows() -> Iterator[tuple[str, Case]]:
+    """(label, call) at the sizes of `kernels/cases.py`."""
+    x, weight = normal(TOKENS, HIDDEN), normal(MLP, HIDDEN, scale=0.02, seed=1)
+    adapter = (normal(RANK, HIDDEN, scale=0.04, seed=2), normal(MLP, RANK, scale=0.01, seed=3), 2.0, False)
+    for label, base, absmax in (("dense base", weight, None), ("NF4 base", *quantize(weight))):
+        yield label, Case((x, base, None, absmax, [MLP, HIDDEN], *adapter), (0, 5, 6))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from hypothesis import strategies as st
 
-from fxopt.kernels.cases import dtypes, seeds, subset, tensors
+from fxopt.kernels.cases import BATCH, HEAD_DIM, HEADS, KV_HEADS, TOKENS, dtypes, normal, seeds, subset, tensors
 from fxopt.kernels.op import Case
 
 
@@ -22,3 +24,11 @@ def cases(draw):
     cos, sin = draw(tensors(table, dtype)), draw(tensors(table, dtype))
     args = (q, k, cos, sin, draw(st.booleans()), half_tables)
     return Case(args, draw(subset((0,) if k is None else (0, 1))), draw(st.booleans()), draw(seeds()))
+
+
+def rows() -> Iterator[tuple[str, Case]]:
+    """(label, call) at the sizes of `kernels/cases.py`."""
+    seq = TOKENS // BATCH
+    q, k = normal(BATCH, HEADS, seq, HEAD_DIM), normal(BATCH, KV_HEADS, seq, HEAD_DIM, seed=1)
+    angle = normal(1, 1, seq, HEAD_DIM, seed=2)
+    yield "", Case((q, k, angle.cos(), angle.sin(), False, False), (0, 1))

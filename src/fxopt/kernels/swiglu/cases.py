@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from hypothesis import strategies as st
 
-from fxopt.kernels.cases import dtypes, leading, seeds, subset, tensors, widths
+from fxopt.kernels.cases import MLP, TOKENS, dtypes, leading, normal, seeds, subset, tensors, widths
 from fxopt.kernels.op import Case
 
 
@@ -13,3 +15,8 @@ def cases(draw):
     dtype, shape = draw(dtypes()), (*draw(leading()), draw(widths()))
     args = (draw(tensors(shape, dtype, scale=2.0)), draw(tensors(shape, dtype)))
     return Case(args, draw(subset((0, 1))), draw(st.booleans()), draw(seeds()))
+
+
+def rows() -> Iterator[tuple[str, Case]]:
+    """(label, call) at the sizes of `kernels/cases.py`."""
+    yield "", Case((normal(TOKENS, MLP), normal(TOKENS, MLP, seed=1)), (0, 1))
