@@ -14,7 +14,7 @@ def without_gradient(op, place):
 
     def candidate(*args):
         args = list(args)
-        args[place] = args[place].detach() if isinstance(args[place], torch.Tensor) else args[place]
+        args[place] = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, args[place])
         return op(*args)
 
     return candidate
@@ -45,8 +45,9 @@ def ignores_the_mask(op):
 
     def candidate(*args):
         for arg in args[:2] if op.name == "rope" else args:  # Its tables have no gradient.
-            if isinstance(arg, torch.Tensor) and arg.is_floating_point():
-                arg.requires_grad_()
+            for part in arg if isinstance(arg, list) else [arg]:
+                if isinstance(part, torch.Tensor) and part.is_floating_point():
+                    part.requires_grad_()
         return op(*args)
 
     return candidate

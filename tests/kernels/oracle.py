@@ -26,7 +26,7 @@ def run(function, case: Case, args: tuple) -> Run:
         arg.detach().requires_grad_(place in case.grads) if isinstance(arg, torch.Tensor) else arg
         for place, arg in enumerate(args)
     )
-    outputs = tuple(function(*leaves))
+    outputs = tuple(function(*case.packed(leaves)))
     pairs = [(out, pull) for out, pull in zip(outputs, grad_outputs(case, outputs), strict=True) if out.requires_grad]
     if pairs:
         torch.autograd.backward(*zip(*pairs, strict=True))

@@ -104,16 +104,26 @@ class Case:
     """One drawn call of an op, for tests and bench rows.
 
     Args:
-        args: positional arguments of the forward op; tensors do not require grad yet.
+        args: positional arguments of the forward op; tensors do not require grad yet. A list of tensors lies open: one
+            entry for each of its tensors, and `lists` says which.
         grads: positions in args whose gradient is asked for.
         expanded: pass a stride-0 grad_output, as `out.sum().backward()` does.
         seed: of the grad_output.
+        lists: (start, stop) ranges of args that the op takes as one list each; in order, an empty one as (i, i).
     """
 
     args: tuple
     grads: tuple[int, ...] = ()
     expanded: bool = False
     seed: int = 0
+    lists: tuple[tuple[int, int], ...] = ()
+
+    def packed(self, args: Sequence[object] | None = None) -> list[object]:
+        """The arguments as the op takes them: `args` (default: the case's own) with the lists closed."""
+        rest = list(self.args if args is None else args)
+        for start, stop in reversed(self.lists):
+            rest[start:stop] = [rest[start:stop]]
+        return rest
 
 
 @dataclass(frozen=True)
@@ -124,8 +134,8 @@ class FusedOp:
         forward: the operator that graphs hold.
         reference: same arguments as forward; plain, differentiable PyTorch written as models write
             it; returns the tuple of forward's first `outputs` results.
-        outputs: how many leading results of forward carry a gradient. The rest are kept for
-            backward (statistics) and are marked non-differentiable.
+        outputs: how many leading results of forward carry a gradient (a negative number counts from the end, for an op
+            that returns a list). The rest are kept for backward (statistics) and are marked non-differentiable.
         backward: the gradient operator, or None where nothing is differentiable.
         setup_context: `(ctx, inputs, output)`: saves what `vjp` needs, as little as possible.
         vjp: `(ctx, *grads of the first outputs)` to one gradient per forward argument; calls
@@ -179,7 +189,7 @@ def register(op: FusedOp) -> FusedOp:
     _refuse_gradient(op.backward.name, "second derivatives are not implemented")
 
     def setup_context(ctx, inputs, output):
-        results = output if isinstance(output, tuple) else (output,)
+        results = output if isinstance(output, (tuple, list)) else (output,)
         kept = [result for result in results[op.outputs :] if result is not None]
         if kept:
             ctx.mark_non_differentiable(*kept)
@@ -187,7 +197,8 @@ def register(op: FusedOp) -> FusedOp:
         op.setup_context(ctx, inputs, output)
 
     def vjp(ctx, *grads):
-        return op.vjp(ctx, *grads[: op.outputs])
+        every = grads[0] if isinstance(grads[0], list) else grads
+        return op.vjp(ctx, *every[: op.outputs])
 
     register_autograd(f"{NAMESPACE}::{op.name}", vjp, setup_context=setup_context, lib=_LIBRARY)
     return op
