@@ -51,7 +51,7 @@ def step(call: Callable[..., Any], row: Row) -> tuple[float, list[Tensor], list[
     ]
     torch.manual_seed(1)
     start = time.perf_counter()
-    outputs = [out for out in call(*args) if isinstance(out, Tensor)][: row.op.outputs]
+    outputs = [out for out in call(*row.case.packed(args)) if isinstance(out, Tensor)][: row.op.outputs]
     forward = time.perf_counter() - start
     upstream = [torch.randn_like(out) for out in outputs]
     start = time.perf_counter()

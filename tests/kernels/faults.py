@@ -112,6 +112,29 @@ def _rope_keys_alone(q, k, cos, sin, interleaved, half_tables):
     return (out[0], out[1] if k is None else k * 1)
 
 
+def with_parts(op, place, change):
+    """The parts of a stored weight are not what the caller gave; `change` gives them back for (parts, format)."""
+    return lambda *args: op(*args[:place], change(args[place], args[place + 1]), *args[place + 1 :])
+
+
+def _scales_of_the_next_block(base, format):
+    """Where a format has scales of their own, those of another block."""
+    return [part.roll(1) if part.is_floating_point() and part.dim() == 1 and part.numel() > 16 else part for part in base]
+
+
+def _first_codes_swapped(base, format):
+    return [_swap_nibbles(base[0]) if base[0].dtype == torch.uint8 else base[0], *base[1:]]
+
+
+def _writes_to_parts(op, place):
+    def candidate(*args):
+        out = op(*args)
+        args[place][-1].detach().view(-1)[:1].add_(1)
+        return out
+
+    return candidate
+
+
 def _swap_nibbles(packed):
     return packed >> 4 | packed << 4
 
@@ -121,7 +144,7 @@ def _shift_blocks(absmax):
 
 
 def _lora_without_scale(*args):
-    return OPS["lora_linear"](*args[:7], 1.0, args[8])
+    return OPS["lora_linear"](*args[:7], [1.0] * len(args[7]), *args[8:])
 
 
 def _loss_over_all_rows(*args):
@@ -184,6 +207,18 @@ def _faults():
             "other layout": with_argument(rope, 4, flip),
             "keys not rotated": _rope_keys_alone,
         },
+        "dequantize": {
+            "nibbles swapped": with_parts(OPS["dequantize"], 0, _first_codes_swapped),
+            "scales of the next block": with_parts(OPS["dequantize"], 0, _scales_of_the_next_block),
+            "input written": _writes_to_parts(OPS["dequantize"], 0),
+            "rounded to bf16": rounds_to(OPS["dequantize"], torch.bfloat16),
+        },
+        "quantized_linear": _common(OPS["quantized_linear"])
+        | {
+            "bias ignored": with_argument(OPS["quantized_linear"], 4, none),
+            "bias gradient lost": without_gradient(OPS["quantized_linear"], 4),
+            "nibbles swapped": with_parts(OPS["quantized_linear"], 1, _first_codes_swapped),
+        },
         "nf4_dequantize": {
             "nibbles swapped": with_argument(nf4, 0, _swap_nibbles),
             "scales of the next block": with_argument(nf4, 1, _shift_blocks),
@@ -202,8 +237,11 @@ def _faults():
             "gradient of lora_a lost": without_gradient(lora, 5),
             "gradient of lora_b lost": without_gradient(lora, 6),
             "weight gradient lost": without_gradient(lora, 1),
-            "bias gradient lost": without_gradient(lora, 2),
-            "bias ignored": with_argument(lora, 2, none),
+            "bias gradient lost": without_gradient(lora, 4),
+            "bias ignored": with_argument(lora, 4, lambda biases: []),
+            "dropout ignored": with_argument(lora, 9, lambda p: 0.0),
+            "one mask for all": with_argument(lora, 10, lambda seeds: None if seeds is None else seeds[:1].expand(len(seeds))),
+            "first sibling for all": with_argument(lora, 6, lambda bs: [bs[0]] * len(bs) if len({b.shape for b in bs}) == 1 else bs),
         },
         "linear_cross_entropy": _common(loss)
         | {

@@ -1,0 +1,32 @@
+"""Weight formats: how the weight of a linear layer is stored, and how it is read.
+
+format.py (what a format is), dense.py, nf4.py (and nf4_state.py: the JSON of bitsandbytes files). In a graph a stored weight
+is `Tensor[] base, str format, SymInt[] shape`: one tensor per part of the format, and the shape of the dense weight.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from fxopt.errors import CheckError
+from fxopt.kernels.formats.dense import DENSE
+from fxopt.kernels.formats.format import Format, Part, entry
+from fxopt.kernels.formats.nf4 import NF4, NF4_NESTED
+
+FORMATS: dict[str, Format] = {format.name: format for format in (DENSE, NF4, NF4_NESTED)}
+
+
+def named(name: str) -> Format:
+    """The format of this name.
+
+    Raises:
+        CheckError: there is none; says which names are near.
+    """
+    found = FORMATS.get(name)
+    if found is None:
+        near = difflib.get_close_matches(name, FORMATS) or list(FORMATS)
+        raise CheckError(f"there is no weight format {name!r}", do=f"use one of {', '.join(near)}")
+    return found
+
+
+__all__ = ["FORMATS", "Format", "Part", "entry", "named"]

@@ -1,0 +1,38 @@
+"""Inputs of `fxopt::quantized_linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hypothesis import strategies as st
+
+from fxopt.kernels.cases import HIDDEN, MLP, TOKENS, dtypes, leading, normal, seeds, subset, tensors
+from fxopt.kernels.dequantize.cases import stored
+from fxopt.kernels.formats import FORMATS
+from fxopt.kernels.op import Case
+
+SHAPES = ((1, 1), (3, 5), (24, 32), (5, 65), (3, 64), (24, 96), (32, 24), (65, 1), (2, 256), (17, 128))
+
+
+@st.composite
+def cases(draw):
+    dtype, transposed = draw(dtypes()), draw(st.booleans())
+    base, format, shape = draw(stored(SHAPES))
+    features, outputs = shape if transposed else reversed(shape)
+    x = draw(tensors((*draw(leading()), features), dtype))
+    bias = draw(st.none() | tensors((outputs,), dtype))
+    args = (x, *base, format, list(shape), bias, transposed)
+    place = len(base) + 3
+    grads = draw(subset((0,) if bias is None else (0, place)))
+    return Case(args, grads, draw(st.booleans()), draw(seeds()), lists=((1, 1 + len(base)),))
+
+
+def rows() -> Iterator[tuple[str, Case]]:
+    """(label, call) at the sizes of `kernels/cases.py`: training, and one token a sequence."""
+    for format in FORMATS.values():
+        if format.quantize is None or format.name == "dense":
+            continue
+        base = format.quantize(normal(MLP, HIDDEN, scale=0.02))
+        for label, tokens in ((format.name, TOKENS), (f"{format.name}, 4 rows", 4)):
+            args = (normal(tokens, HIDDEN), *base, format.name, [MLP, HIDDEN], None, False)
+            yield label, Case(args, (0,), lists=((1, 1 + len(base)),))
