@@ -1,4 +1,4 @@
-"""`fxopt::rope`: reference.py (plain form, patterns), body.py (ATen), cases.py (test inputs)."""
+"""`fxopt::rope`: reference.py (plain form, patterns), body.py (ATen), triton.py (CUDA), cases.py (test inputs)."""
 
 from fxopt.kernels.op import FusedOp, Kernel, register
 from fxopt.kernels.rope import body, reference
@@ -8,6 +8,7 @@ _BACKWARD = Kernel(
     "-> (Tensor, Tensor)",
     body=body.backward,
     fake=body.backward_fake,
+    cuda="fxopt.kernels.rope.triton:backward",
 )
 
 
@@ -25,6 +26,7 @@ OP = register(
             "-> (Tensor, Tensor)",
             body=body.forward,
             fake=body.forward_fake,
+            cuda="fxopt.kernels.rope.triton:forward",
         ),
         reference=reference.rope,
         outputs=2,

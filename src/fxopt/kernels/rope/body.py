@@ -19,7 +19,7 @@ def _tables(table, interleaved, half_tables):
     return (table, table) if half_tables else _pair(table, table.shape[-1], interleaved)
 
 
-def _check(x, cos, sin, half_tables):
+def check(x, cos, sin, half_tables):
     rotary = cos.shape[-1] * (2 if half_tables else 1)
     torch._check(cos.shape == sin.shape, lambda: f"cos is {tuple(cos.shape)} and sin is {tuple(sin.shape)}")
     torch._check(rotary % 2 == 0, lambda: f"an odd number of columns ({rotary}) cannot be rotated in pairs")
@@ -32,7 +32,7 @@ def _turn(x, cos, sin, interleaved, half_tables, transpose):
     """Rotate x, or apply the transpose of that linear map (not its inverse: the two halves of the
     tables may differ): forward (x1 c1 - x2 s1, x2 c2 + x1 s2), transpose (y1 c1 + y2 s2, y2 c2 - y1 s1).
     """
-    rotary = _check(x, cos, sin, half_tables)
+    rotary = check(x, cos, sin, half_tables)
     out = torch.empty_like(x)
     if rotary < x.shape[-1]:
         out[..., rotary:].copy_(x[..., rotary:])
@@ -94,7 +94,7 @@ def forward(q, k, cos, sin, interleaved, half_tables):
 
 def forward_fake(q, k, cos, sin, interleaved, half_tables):
     for x in (q,) if k is None else (q, k):
-        _check(x, cos, sin, half_tables)
+        check(x, cos, sin, half_tables)
     return torch.empty_like(q), (q.new_empty(0) if k is None else torch.empty_like(k))
 
 

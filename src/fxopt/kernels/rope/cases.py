@@ -29,6 +29,12 @@ def cases(draw):
 def rows() -> Iterator[tuple[str, Case]]:
     """(label, call) at the sizes of `kernels/cases.py`."""
     seq = TOKENS // BATCH
-    q, k = normal(BATCH, HEADS, seq, HEAD_DIM), normal(BATCH, KV_HEADS, seq, HEAD_DIM, seed=1)
+    # Views of what a projection gives, [batch, seq, heads, head_dim].
+    q, k = (normal(BATCH, seq, heads, HEAD_DIM, seed=heads).transpose(1, 2) for heads in (HEADS, KV_HEADS))
     angle = normal(1, 1, seq, HEAD_DIM, seed=2)
-    yield "", Case((q, k, angle.cos(), angle.sin(), False, False), (0, 1))
+    for label, interleaved in (("", False), ("interleaved", True)):
+        yield label, Case((q, k, angle.cos(), angle.sin(), interleaved, False), (0, 1))
+    # 46 of 92 columns, tables of their own for each sequence: rows and pairs that no vector load fits.
+    q, k = (normal(BATCH, seq, heads, 92, seed=heads).transpose(1, 2) for heads in (HEADS, KV_HEADS))
+    angle = normal(BATCH, 1, seq, 23, seed=2)
+    yield "partial", Case((q, k, angle.cos(), angle.sin(), False, True), (0, 1))
