@@ -1,4 +1,4 @@
-"""`fxopt::geglu`: reference.py (plain form, patterns), body.py (ATen), cases.py (test inputs)."""
+"""`fxopt::geglu`: reference.py (plain form, patterns), body.py (ATen), triton.py (CUDA), cases.py (test inputs)."""
 
 from fxopt.kernels.geglu import body, reference
 from fxopt.kernels.op import FusedOp, Kernel, register
@@ -7,6 +7,7 @@ _BACKWARD = Kernel(
     "geglu_backward(Tensor dy, Tensor gate, Tensor up, str approximate, bool[2] output_mask) -> (Tensor, Tensor)",
     body=body.backward,
     fake=body.backward_fake,
+    cuda="fxopt.kernels.geglu.triton:backward",
 )
 
 
@@ -19,7 +20,10 @@ def _vjp(ctx, dy):
 OP = register(
     FusedOp(
         forward=Kernel(
-            "geglu(Tensor gate, Tensor up, str approximate) -> Tensor", body=body.forward, fake=body.forward_fake
+            "geglu(Tensor gate, Tensor up, str approximate) -> Tensor",
+            body=body.forward,
+            fake=body.forward_fake,
+            cuda="fxopt.kernels.geglu.triton:forward",
         ),
         reference=reference.geglu,
         backward=_BACKWARD,

@@ -20,7 +20,8 @@ def _differentiate(approximate, grad, x, out):
     torch.ops.aten.gelu_backward.grad_input(grad, x, approximate=approximate, grad_input=out)
 
 
-def _check(gate, up, approximate):
+def check(gate, up, approximate):
+    """Raise CheckError unless `geglu` takes these."""
     if approximate not in APPROXIMATIONS:
         raise CheckError(f"geglu has no approximation {approximate!r}", do=f"use one of {', '.join(APPROXIMATIONS)}")
     gated.check(gate, up)
@@ -34,19 +35,20 @@ def forward(gate, up, approximate):
         approximate: "none" for z * Phi(z) by erf, "tanh" for the tanh approximation.
 
     Returns:
-        y: [...] in that dtype, contiguous; rounded after the activation and after the product, as in the plain form.
+        y: [...] in that dtype, contiguous; rounded after the activation and after the product, as in the plain form
+        (on a GPU once, after both).
 
     Raises:
         CheckError, RuntimeError: unknown approximation, the dtypes, the shapes differ.
 
     Source: Shazeer, 2020, https://arxiv.org/abs/2002.05202.
     """
-    _check(gate, up, approximate)
+    check(gate, up, approximate)
     return gated.forward(gate, up, functools.partial(_activate, approximate))
 
 
 def forward_fake(gate, up, approximate):
-    _check(gate, up, approximate)
+    check(gate, up, approximate)
     return gate.new_empty(gate.shape)
 
 

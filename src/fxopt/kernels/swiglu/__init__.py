@@ -1,4 +1,4 @@
-"""`fxopt::swiglu`: reference.py (plain form, patterns), body.py (ATen), cases.py (test inputs)."""
+"""`fxopt::swiglu`: reference.py (plain form, patterns), body.py (ATen), triton.py (CUDA), cases.py (test inputs)."""
 
 from fxopt.kernels.op import FusedOp, Kernel, register
 from fxopt.kernels.swiglu import body, reference
@@ -7,6 +7,7 @@ _BACKWARD = Kernel(
     "swiglu_backward(Tensor dy, Tensor gate, Tensor up, bool[2] output_mask) -> (Tensor, Tensor)",
     body=body.backward,
     fake=body.backward_fake,
+    cuda="fxopt.kernels.swiglu.triton:backward",
 )
 
 
@@ -18,7 +19,12 @@ def _vjp(ctx, dy):
 
 OP = register(
     FusedOp(
-        forward=Kernel("swiglu(Tensor gate, Tensor up) -> Tensor", body=body.forward, fake=body.forward_fake),
+        forward=Kernel(
+            "swiglu(Tensor gate, Tensor up) -> Tensor",
+            body=body.forward,
+            fake=body.forward_fake,
+            cuda="fxopt.kernels.swiglu.triton:forward",
+        ),
         reference=reference.swiglu,
         backward=_BACKWARD,
         setup_context=body.setup_context,

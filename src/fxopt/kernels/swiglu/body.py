@@ -22,7 +22,8 @@ def forward(gate, up):
         gate, up: same shape [...] and dtype (fp16, bf16, fp32 or fp64), any strides.
 
     Returns:
-        y: [...] in that dtype, contiguous; rounded after the activation and after the product, as in the plain form.
+        y: [...] in that dtype, contiguous; rounded after the activation and after the product, as in the plain form
+        (on a GPU once, after both).
 
     Raises:
         CheckError, RuntimeError: the dtypes, the shapes differ.

@@ -1,0 +1,56 @@
+"""Where an op runs in the contract tests: its ATen body, its Triton kernels in the interpreter, its Triton kernels on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from interpreter.runner import interpreted, with_kernels
+
+from fxopt.kernels.catalog import CATALOG
+from fxopt.kernels.op import Case, FusedOp
+
+# Kernels that use float atomics, or memory that programs pass to each other, and why they may.
+RACY: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """An op and what runs it: "aten", "interpreter" or "gpu"."""
+
+    op: FusedOp
+    kind: str
+
+    def running(self) -> AbstractContextManager[object]:
+        """Inside, calls of the op on this implementation's device run this implementation."""
+        return interpreted([self.op], racy=RACY) if self.kind == "interpreter" else contextlib.nullcontext()
+
+    def on_device(self, case: Case) -> Case:
+        """The same call with its tensors where the implementation reads them, strides kept."""
+        if self.kind != "gpu":
+            return case
+        return dataclasses.replace(case, args=tuple(_to_gpu(arg) if isinstance(arg, torch.Tensor) else arg for arg in case.args))
+
+
+def _to_gpu(tensor: torch.Tensor) -> torch.Tensor:
+    cells = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).cuda()
+    return cells.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _every(ops: tuple[FusedOp, ...]) -> Iterator[object]:
+    for op in ops:
+        yield pytest.param(Implementation(op, "aten"), id=f"{op.name}-aten")
+        if op in with_kernels():
+            yield pytest.param(Implementation(op, "interpreter"), id=f"{op.name}-interpreter")
+        yield pytest.param(Implementation(op, "gpu"), id=f"{op.name}-gpu", marks=pytest.mark.gpu)
+
+
+every_implementation = pytest.mark.parametrize("where", list(_every(CATALOG)))
+every_differentiable_implementation = pytest.mark.parametrize(
+    "where", list(_every(tuple(op for op in CATALOG if op.backward is not None)))
+)
