@@ -12,7 +12,7 @@ from torch import Tensor
 from fxopt.errors import CheckError, DataError
 
 Shape = Sequence[int]
-# In a file, an entry whose suffix starts so is named after the module that owns the weight, not after the weight.
+# In a file, an entry whose suffix starts so belongs to the module that owns the weight.
 SIBLING = "../"
 
 
@@ -43,8 +43,9 @@ class Format:
             of the parts and computes in fp64 if dtype is.
         dequantize: same arguments; the ATen body that runs. It returns no tensor that shares memory with a part (except
             "dense" in its own dtype: the weight itself).
-        bits: bits per weight, scales included.
-        error: relative error (Frobenius norm) of the stored values of a Gaussian weight, measured on [2048, 2048].
+        bits: bits per weight, scales included (what does not grow with the weight is left out; "dense": as fp32).
+        error: relative error (Frobenius norm) of the stored values of a Gaussian weight, measured on [2048, 2048]; NaN where
+            nothing here quantizes to it.
         fits: why a shape cannot be stored so, or None.
         save: (base, shape, dtype) to the entries of a safetensors file, by suffix of the weight's key ("" is the key itself,
             "../SCB" an entry SCB of the module that owns the weight). dtype: of the weight before it was quantized.
@@ -106,9 +107,12 @@ class Format:
 
 
 def entry(key: str, suffix: str) -> str:
-    """The key of a file's entry for the weight `key`."""
+    """The key of a file's entry for the weight `key`.
+
+    A sibling of "layer.weight" is "layer.NAME"; of a weight with another name (a module may own several) "layer.other.NAME".
+    """
     if suffix.startswith(SIBLING):
-        return f"{key.rpartition('.')[0]}.{suffix.removeprefix(SIBLING)}".removeprefix(".")
+        return f"{key.removesuffix('weight').removesuffix('.')}.{suffix.removeprefix(SIBLING)}".removeprefix(".")
     return key + suffix
 
 

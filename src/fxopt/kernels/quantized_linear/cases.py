@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from hypothesis import strategies as st
 
-from fxopt.kernels.cases import HIDDEN, MLP, TOKENS, dtypes, leading, normal, seeds, subset, tensors
-from fxopt.kernels.dequantize.cases import stored
+from fxopt.kernels.cases import TOKENS, dtypes, leading, normal, seeds, subset, tensors
+from fxopt.kernels.dequantize.cases import base_of, row_shape, stored
 from fxopt.kernels.formats import FORMATS
 from fxopt.kernels.op import Case
 
@@ -30,9 +30,10 @@ def cases(draw):
 def rows() -> Iterator[tuple[str, Case]]:
     """(label, call) at the sizes of `kernels/cases.py`: training, and one token a sequence."""
     for format in FORMATS.values():
-        if format.quantize is None or format.name == "dense":
+        if format.name == "dense":
             continue
-        base = format.quantize(normal(MLP, HIDDEN, scale=0.02))
+        shape = row_shape(format)
+        base = base_of(format, normal(*shape, scale=0.02))
         for label, tokens in ((format.name, TOKENS), (f"{format.name}, 4 rows", 4)):
-            args = (normal(tokens, HIDDEN), *base, format.name, [MLP, HIDDEN], None, False)
+            args = (normal(tokens, shape[1]), *base, format.name, list(shape), None, False)
             yield label, Case(args, (0,), lists=((1, 1 + len(base)),))
