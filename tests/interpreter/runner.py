@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import triton.language as tl
 import triton.runtime.interpreter as stock
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.jit import JITFunction
 
 from fxopt.kernels.catalog import CATALOG
@@ -52,7 +53,7 @@ class Interpreter:
         bound = inspect.signature(kernel.fn).bind(*args, **{key: value for key, value in meta.items() if key not in _OPTIONS})
         bound.apply_defaults()
         constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-        with interpreted_language(), np.errstate(all="ignore"):
+        with interpreted_language(), _disable_current_modes(), np.errstate(all="ignore"):
             values = {key: value if key in constants else _argument(memory, key, value) for key, value in bound.arguments.items()}
             full = (*grid, 1, 1)[:3]
             function, before = twin(kernel).rewrite(), BUILDER.memory
