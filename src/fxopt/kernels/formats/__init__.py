@@ -8,6 +8,9 @@ is `Tensor[] base, str format, SymInt[] shape`: one tensor per part of the forma
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+
+from torch import Tensor
 
 from fxopt.errors import CheckError
 from fxopt.kernels.formats.dense import DENSE
@@ -32,4 +35,12 @@ def named(name: str) -> Format:
     return found
 
 
-__all__ = ["FORMATS", "Format", "Part", "entry", "named"]
+def stored_as(key: str, entries: Mapping[str, Tensor]) -> Format | None:
+    """The format in which a safetensors file holds the weight `key`, or None if it is not one of ours.
+
+    Blocks of GGUF files are bytes that do not say of which kind they are: whoever stores them elsewhere keeps the name.
+    """
+    return next((format for format in FORMATS.values() if format.claims is not None and format.claims(format.entries(key, entries))), None)
+
+
+__all__ = ["FORMATS", "Format", "Part", "entry", "named", "stored_as"]

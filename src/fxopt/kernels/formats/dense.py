@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from fxopt.errors import DataError
 from fxopt.kernels.formats.format import Format, Part, anything
 
@@ -28,4 +30,5 @@ DENSE = Format(
     fits=anything,
     save=lambda base, shape, dtype: {"": base[0].to(dtype)},
     load=_load,
+    claims=lambda entries: "" in entries and entries[""].dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from fxopt.errors import CheckError, DataError
 Shape = Sequence[int]
 # In a file, an entry whose suffix starts so belongs to the module that owns the weight.
 SIBLING = "../"
+_DAMAGED = "the file is damaged, or the weight has another shape: save it again"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Format:
         save: (base, shape, dtype) to the entries of a safetensors file, by suffix of the weight's key ("" is the key itself,
             "../SCB" an entry SCB of the module that owns the weight). dtype: of the weight before it was quantized.
         load: entries by suffix and shape, back to the parts; DataError where they do not fit.
+        suffixes: of the entries that `load` looks at.
+        claims: whether entries of a file are this format's, by their names and dtypes alone; None: a file does not say so.
     """
 
     name: str
@@ -62,7 +65,8 @@ class Format:
     fits: Callable[[Shape], str | None]
     save: Callable[[Sequence[Tensor], Shape, torch.dtype], dict[str, Tensor]]
     load: Callable[[Mapping[str, Tensor], Shape], tuple[Tensor, ...]]
-    suffixes: tuple[str, ...] = field(default=("",))
+    suffixes: tuple[str, ...] = ("",)
+    claims: Callable[[Mapping[str, Tensor]], bool] | None = None
 
     def check(self, base: Sequence[Tensor], shape: Shape) -> None:
         """Raise unless base holds this format's parts for a weight of this shape.
@@ -84,6 +88,10 @@ class Format:
                 ),
             )
 
+    def entries(self, key: str, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A file's entries for the weight `key`, by suffix."""
+        return {suffix: entries[name] for suffix in self.suffixes if (name := entry(key, suffix)) in entries}
+
     def write(self, key: str, base: Sequence[Tensor], shape: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
         """The entries of a safetensors file for the weight that a dense file holds under `key`."""
         return {entry(key, suffix): tensor for suffix, tensor in self.save(base, shape, dtype).items()}
@@ -94,15 +102,14 @@ class Format:
         Raises:
             DataError: an entry is missing or is not what the format stores for a weight of this shape.
         """
-        mine = {suffix: entries[name] for suffix in self.suffixes if (name := entry(key, suffix)) in entries}
         try:
-            parts = self.load(mine, shape)
+            parts = self.load(self.entries(key, entries), shape)
             self.check(parts, shape)
         except DataError as error:
-            raise DataError(error.what, where=key, do=error.do) from error
+            raise DataError(error.what, where=key, do=error.do or _DAMAGED) from error
         except (CheckError, RuntimeError) as error:
             what = error.what if isinstance(error, CheckError) else str(error)
-            raise DataError(what, where=key, do="the file is damaged, or the weight has another shape") from error
+            raise DataError(what, where=key, do=_DAMAGED) from error
         return parts
 
 
@@ -128,7 +135,7 @@ def take(entries: Mapping[str, Tensor], suffix: str, dtype: torch.dtype, shape: 
     if tensor.dtype != dtype or (shape is not None and tuple(tensor.shape) != tuple(shape)):
         wanted = f"{dtype}" if shape is None else f"{dtype} {tuple(shape)}"
         found = f"{tensor.dtype} {tuple(tensor.shape)}"
-        raise DataError(f"the entry {suffix or 'of the weight itself'} is {found}, not {wanted}", do="the file is damaged, or the weight has another shape")
+        raise DataError(f"the entry {suffix or 'of the weight itself'} is {found}, not {wanted}", do=_DAMAGED)
     return tensor
 
 

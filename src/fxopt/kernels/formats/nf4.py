@@ -226,6 +226,7 @@ NF4 = Format(
     save=_save,
     load=_load,
     suffixes=_SUFFIXES,
+    claims=lambda entries: f".{KEY}" in entries and ".absmax" in entries and entries[".absmax"].dtype != torch.uint8,
 )
 NF4_NESTED = Format(
     name="nf4_nested",
@@ -246,4 +247,5 @@ NF4_NESTED = Format(
     save=_save_nested,
     load=_load_nested,
     suffixes=(*_SUFFIXES, ".nested_absmax", ".nested_quant_map"),
+    claims=lambda entries: f".{KEY}" in entries and ".absmax" in entries and entries[".absmax"].dtype == torch.uint8,
 )

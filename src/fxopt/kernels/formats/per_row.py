@@ -129,6 +129,7 @@ INT8 = Format(
     save=_save_int8,
     load=_load_int8,
     suffixes=("", "../SCB", "../weight_format"),
+    claims=lambda entries: "../SCB" in entries and "" in entries and entries[""].dtype == torch.int8,
 )
 FP8 = Format(
     name="fp8",
@@ -142,4 +143,5 @@ FP8 = Format(
     save=_save_fp8,
     load=_load_fp8,
     suffixes=("", "_scale"),
+    claims=lambda entries: "_scale" in entries and "" in entries and entries[""].dtype == torch.float8_e4m3fn,
 )
