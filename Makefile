@@ -1,5 +1,7 @@
 # make demo    fine-tune a real chat model beside Transformers + PEFT + bitsandbytes (10 minutes on two cores)
 # make test    the whole test suite
+# make kernels compiles every Triton kernel for GPUs that need not be there, with two releases of Triton (3 minutes);
+#              UPDATE=1 writes the new costs to gate/budget.json
 # make bench   the measurements of docs/benchmarks.md
 #
 # Needs python3 (3.11 or newer), make and, once, a Python package index. Everything is installed into .venv with the
@@ -20,13 +22,17 @@ TORCH_INDEX ?=
 JOBS ?= 2
 # More arguments, such as TESTS="tests/runtime -k loop".
 TESTS ?=
+# Set to rewrite gate/budget.json.
+UPDATE ?=
+# The other release of Triton that the kernels must compile with.
+OTHER_TRITON ?= 3.6.0
 
 run := $(VENV)/bin/python
 pip := $(run) -m pip --disable-pip-version-check
 wanted := $(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | cut -d ' ' -f 1)
 stamp := $(VENV)/.installed-$(wanted)
 
-.PHONY: demo test bench install clean
+.PHONY: demo test kernels bench install clean
 .DELETE_ON_ERROR:
 
 demo: $(stamp)
@@ -35,6 +41,18 @@ demo: $(stamp)
 test: $(stamp)
 	@$(run) -m demo.fetch
 	@$(run) -m pytest -n $(JOBS) $(TESTS)
+
+other := build/triton-$(OTHER_TRITON)
+gate := TRITON_CACHE_DIR=build/triton-cache $(run) -m gate --jobs $(JOBS) $(if $(UPDATE),--update)
+
+kernels: $(stamp) $(other)/.installed
+	@$(gate)
+	@PYTHONPATH=$(other) $(gate)
+
+$(other)/.installed:
+	rm -rf $(other)
+	$(pip) install --quiet --no-deps --target $(other) triton==$(OTHER_TRITON)
+	@touch $@
 
 bench: $(stamp)
 	@$(run) -m bench.run
@@ -52,4 +70,4 @@ $(stamp): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build

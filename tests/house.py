@@ -14,7 +14,7 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("src", "tests", "bench", "demo")
+FOLDERS = ("src", "tests", "bench", "demo", "gate")
 LINES = 400
 
 # Which parts of fxopt a part may import.
