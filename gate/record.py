@@ -52,12 +52,13 @@ def rows(op: FusedOp) -> Iterator[tuple[str, Case]]:
 
 
 def cast(case: Case, dtype: torch.dtype) -> Case:
-    """An fp32 case in another dtype. Lists that hold codes (a quantized weight) keep their scales in fp32."""
+    """An fp32 case in another dtype, strides kept. Lists that hold codes (a quantized weight) keep their scales in fp32."""
     kept = {place for start, stop in case.lists if any(_coded(arg) for arg in case.args[start:stop]) for place in range(start, stop)}
 
     def changed(arg: Any) -> Any:
         if isinstance(arg, torch.Tensor) and arg.dtype == torch.float32:
-            return arg.to(dtype)
+            cells = arg.as_strided((arg.untyped_storage().nbytes() // arg.element_size(),), (1,), 0)
+            return cells.to(dtype).as_strided(arg.shape, arg.stride(), arg.storage_offset())
         return dtype if arg is torch.float32 else arg
 
     args = tuple(arg if place in kept else changed(arg) for place, arg in enumerate(case.args))
@@ -85,13 +86,16 @@ def _leaf(mode: FakeTensorMode, arg: Any, trained: bool) -> Any:
     return fake.detach().requires_grad_(trained)
 
 
-def run_launchers(op: FusedOp, case: Case, target: Target, runner: Callable[[Kernel, tuple[Any, ...]], Runner]) -> None:
+def run_launchers(
+    op: FusedOp, case: Case, target: Target, runner: Callable[[Kernel, tuple[Any, ...]], Runner], mode: FakeTensorMode | None = None
+) -> None:
     """Call the launchers that a call of the op on a device would call.
 
     Args:
         runner: (operator, its arguments) to what takes the place of the GPU during that call.
+        mode: of the case's tensors where they are fake already.
     """
-    mode = FakeTensorMode()
+    mode = mode or FakeTensorMode()
     for kernel, args in fake_calls(op, case, mode):
         if kernel.cuda is not None:
             module, _, function = kernel.cuda.partition(":")

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxopt.kernels.catalog import CATALOG
 from fxopt.kernels.launch import TARGETS
+from fxopt.kernels.op import Case
 
 OPS = {op.name: op for op in CATALOG}
 AMPERE, HOPPER = TARGETS[0], TARGETS[1]
@@ -161,6 +162,9 @@ def test_rows_are_cast():
     ((_, case),) = rows(OPS["swiglu"])
     for dtype in (torch.bfloat16, torch.float16):
         assert {arg.dtype for arg in cast(case, dtype).args} == {dtype}
+        halves = Case(torch.randn(3, 10).chunk(2, -1))
+        for mine, theirs in zip(cast(halves, dtype).args, halves.args, strict=True):
+            assert torch.equal(mine, theirs.to(dtype)) and mine.stride() == theirs.stride()
         keys = [job(launch, HOPPER).key for launch in launches(OPS["swiglu"], cast(case, dtype), HOPPER)]
         assert all({torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype] in key for key in keys)
 

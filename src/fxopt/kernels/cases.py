@@ -4,7 +4,8 @@ Values come from a seeded generator, not from hypothesis: it explores shapes and
 bugs of such ops are, and a failing case prints small.
 
 The sizes below are those of a row: a call at the size of a 135-million-parameter language model, for measurements and for
-compiling the kernels that it starts. `cases.py` of an op gives its rows in fp32.
+compiling the kernels that it starts. `cases.py` of an op gives its rows in fp32. Its `huge()` gives calls whose tensors
+have more than 2^31 elements, for the kernels' offsets; it is called under a FakeTensorMode, where `torch.empty` costs nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 TOKENS, BATCH = 1024, 4
 HIDDEN, MLP, VOCABULARY = 576, 1536, 49152
 HEADS, KV_HEADS, HEAD_DIM, RANK = 9, 3, 64, 16
+
+HUGE_ROWS, HUGE_WIDTH = 70_001, 36_864  # 2.58e9 elements
 
 
 def normal(*shape: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:

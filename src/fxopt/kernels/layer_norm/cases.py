@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from hypothesis import strategies as st
 
-from fxopt.kernels.cases import HIDDEN, TOKENS, dtypes, leading, normal, seeds, subset, tensors, widths
+from fxopt.kernels.cases import HIDDEN, HUGE_ROWS, HUGE_WIDTH, TOKENS, dtypes, leading, normal, seeds, subset, tensors, widths
 from fxopt.kernels.op import Case
 
 
@@ -26,3 +26,8 @@ def rows() -> Iterator[tuple[str, Case]]:
     args = (normal(TOKENS, HIDDEN), torch.ones(HIDDEN), torch.zeros(HIDDEN), 1e-5)
     yield "", Case(args, (0,))
     yield "trained weight", Case(args, (0, 1, 2))
+
+
+def huge() -> Iterator[tuple[str, Case]]:
+    """Many wide rows."""
+    yield "", Case((torch.empty(HUGE_ROWS, HUGE_WIDTH), torch.empty(HUGE_WIDTH), torch.empty(HUGE_WIDTH), 1e-5), (0, 1, 2))

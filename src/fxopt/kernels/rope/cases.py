@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from hypothesis import strategies as st
 
 from fxopt.kernels.cases import BATCH, HEAD_DIM, HEADS, KV_HEADS, TOKENS, dtypes, normal, seeds, subset, tensors
@@ -38,3 +39,10 @@ def rows() -> Iterator[tuple[str, Case]]:
     q, k = (normal(BATCH, seq, heads, 92, seed=heads).transpose(1, 2) for heads in (HEADS, KV_HEADS))
     angle = normal(BATCH, 1, seq, 23, seed=2)
     yield "partial", Case((q, k, angle.cos(), angle.sin(), False, True), (0, 1))
+
+
+def huge() -> Iterator[tuple[str, Case]]:
+    """Long sequences in a large batch, one table for all of them."""
+    q, k = (torch.empty(16, 65_536, heads, 128).transpose(1, 2) for heads in (32, 8))
+    cos, sin = (torch.empty(1, 1, 65_536, 128) for _ in range(2))
+    yield "", Case((q, k, cos, sin, False, False), (0, 1))

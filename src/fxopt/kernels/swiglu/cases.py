@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from hypothesis import strategies as st
 
-from fxopt.kernels.cases import MLP, TOKENS, dtypes, leading, normal, seeds, subset, tensors, widths
+from fxopt.kernels.cases import HUGE_ROWS, HUGE_WIDTH, MLP, TOKENS, dtypes, leading, normal, seeds, subset, tensors, widths
 from fxopt.kernels.op import Case
 
 
@@ -20,3 +21,11 @@ def cases(draw):
 def rows() -> Iterator[tuple[str, Case]]:
     """(label, call) at the sizes of `kernels/cases.py`."""
     yield "", Case((normal(TOKENS, MLP), normal(TOKENS, MLP, seed=1)), (0, 1))
+
+
+def huge() -> Iterator[tuple[str, Case]]:
+    """Dense tensors, and the halves of one product."""
+    gate, up = (torch.empty(HUGE_ROWS, HUGE_WIDTH) for _ in range(2))
+    yield "dense", Case((gate, up), (0, 1))
+    gate, up = torch.empty(HUGE_ROWS, 2 * HUGE_WIDTH).chunk(2, -1)
+    yield "halves", Case((gate, up), (0, 1))
