@@ -122,6 +122,35 @@ def job(launch: Launch, target: Target) -> Job:
     return Job(function.__module__, function.__qualname__, args, tuple(launch.meta.items()), target, f"{function.__name__}({types}) {constants}")
 
 
+_TYPED: set[str] = set()
+
+
+def check_types(launch: Launch, target: Target) -> None:
+    """Translate a launch to Triton's IR, as far as its types go: what an interpreter does not see (an int 1 is a constant and
+    has no methods, a loop must not change a type). Each specialization once in a process.
+
+    Raises:
+        triton.compiler.errors.CompilationError: with the line of the kernel.
+    """
+    kernel = launch.kernel
+    meta = launch.meta | {"debug": False, "instrumentation_mode": ""}
+    with compiling_for(target):
+        kernel.device_caches.clear()
+        _, _, gpu, backend, binder = kernel.device_caches[0]
+        kernel.device_caches.clear()
+        bound, specialization, options = binder(*map(_plain, launch.args), **meta)
+        key = f"{kernel.fn.__module__}.{kernel.fn.__qualname__} {[kind if value == 'D' else (kind, value) for kind, value in specialization]} {launch.meta}"
+        if key in _TYPED:
+            return
+        options, signature, constants, attributes = kernel._pack_args(backend, meta, bound, specialization, options)
+        source = kernel.ASTSource(kernel, signature, constants, attributes)
+        context = triton._C.libtriton.ir.context()
+        triton._C.libtriton.ir.load_dialects(context)
+        backend.load_dialects(context)
+        source.make_ir(gpu, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+        _TYPED.add(key)
+
+
 def _type(kind: str, value: Any) -> str:
     """An argument in a key: "*bf16:D" is a pointer to 16-byte aligned bfloat16, "=1" an int that became a constant.
 

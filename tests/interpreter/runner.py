@@ -21,6 +21,8 @@ from triton.runtime.jit import JITFunction
 from fxopt.kernels.catalog import CATALOG
 from fxopt.kernels.launch import Target, running
 from fxopt.kernels.op import NAMESPACE, FusedOp, Kernel
+from gate.build import check_types
+from gate.record import Launch, with_kernels
 from interpreter.memory import Memory
 from interpreter.twins import BUILDER, interpreted_language, twin
 
@@ -52,9 +54,12 @@ class Interpreter:
         memory = Memory(name, self.virtual, name in self.racy)
         bound = inspect.signature(kernel.fn).bind(*args, **{key: value for key, value in meta.items() if key not in _OPTIONS})
         bound.apply_defaults()
-        constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+        parameters = {parameter.name: parameter for parameter in kernel.params}
+        with _disable_current_modes():
+            check_types(Launch(kernel, grid, tuple(args), meta, frozenset()), SMALL)
         with interpreted_language(), _disable_current_modes(), np.errstate(all="ignore"):
-            values = {key: value if key in constants else _argument(memory, key, value) for key, value in bound.arguments.items()}
+            values = {key: value if parameters[key].is_constexpr else _argument(memory, key, value, parameters[key].do_not_specialize)
+                      for key, value in bound.arguments.items()}  # fmt: skip
             full = (*grid, 1, 1)[:3]
             function, before = twin(kernel).rewrite(), BUILDER.memory
             BUILDER.set_grid_dim(*full)
@@ -71,7 +76,7 @@ def _corners(size: int) -> list[int]:
     return sorted({0, size // 2, size - 1})
 
 
-def _argument(memory: Memory, name: str, value: Any) -> Any:
+def _argument(memory: Memory, name: str, value: Any, general: bool) -> Any:
     """What the kernel gets, by the rules of a launch: a float is fp32, an int 1 is a constant, a tensor is its address."""
     if isinstance(value, torch.Tensor):
         kind = tl.pointer_type(_ELEMENTS[value.dtype])
@@ -80,7 +85,7 @@ def _argument(memory: Memory, name: str, value: Any) -> Any:
         return tl.tensor(stock.TensorHandle(np.array([value]), tl.int1), tl.int1)
     if isinstance(value, float):
         return tl.tensor(stock.TensorHandle(np.array([value], dtype=np.float32), tl.float32), tl.float32)
-    if isinstance(value, int) and value != 1:
+    if isinstance(value, int) and (value != 1 or general):
         return stock._implicit_cvt(value)
     if value is None or value == 1:
         return value
@@ -110,11 +115,6 @@ class Calls:
                 if count and not self.started[name, dtype] and dtype != torch.float64]  # fmt: skip
 
 
-def with_kernels(ops: Iterable[FusedOp] = CATALOG) -> tuple[FusedOp, ...]:
-    """The ops that have Triton kernels."""
-    return tuple(op for op in ops if any(kernel.cuda for kernel in op.kernels))
-
-
 def launcher(kernel: Kernel) -> Callable:
     """The function that starts the operator's Triton kernels."""
     assert kernel.cuda is not None
@@ -134,7 +134,7 @@ def interpreted(ops: Iterable[FusedOp] = CATALOG, target: Target = SMALL, racy: 
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(running(record.runner, target))
-            for op in with_kernels(ops):
+            for op in ops:
                 for kernel in op.kernels:
                     if kernel.cuda is not None:
                         library.impl(kernel.name, _watched(record, kernel), "CPU")

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from interpreter.runner import interpreted, with_kernels
+from gate.record import with_kernels
+from interpreter.runner import interpreted
 
 from fxopt.kernels.catalog import CATALOG
 from fxopt.kernels.op import Case, FusedOp
