@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from fxopt.ir.capture import Call
 from fxopt.ir.program import Program
 from fxopt.passes import presets
 from fxopt.passes.base import Pass
+from fxopt.passes.lora import Lora
 from fxopt.passes.pipeline import Pipeline, pipeline
-from fxopt.runtime import adapted, store
+from fxopt.runtime import adapted, install, store
 
 Passes = str | Pass | Pipeline | Iterable[str | Pass | Pipeline]
 
@@ -144,7 +147,7 @@ class Optimized(nn.Module):
         return new
 
     def __reduce__(self) -> Any:
-        return _revive, (self.model, self.passes.text())
+        return _revive, (self.model, {name: passes.text() for name, passes in self.dispatcher.pipelines.items()}, self.dispatcher.active)
 
     def __repr__(self) -> str:
         return f"Optimized[{self.passes.text()}](\n{self.model!r}\n)"
@@ -171,8 +174,62 @@ class Optimized(nn.Module):
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters on this base."""
+        return tuple(name for name in self.dispatcher.pipelines if name is not None)
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The adapter that calls run with; None while adapters are disabled, or if there is none."""
+        return self.dispatcher.active if self.dispatcher.enabled else None
+
+    def add_adapter(self, name: str, lora: str | Lora | None = None) -> None:
+        """Another adapter on the same base, active from now on; its parameters are made when the next call is captured.
+
+        Args:
+            name: a word that no adapter has yet.
+            lora: its lora pass ("lora(rank=4, targets=[q_proj])" or a value); None: like the present one.
+
+        Raises:
+            FxoptError: the name is taken, or the pipeline has no lora pass.
+        """
+        present = next((p for p in self.passes if isinstance(p, Lora)), None)
+        if present is None or name in self.adapters:
+            raise FxoptError(f"there is an adapter {name!r} already" if present else "the pipeline adds no adapters",
+                             do="choose another name" if present else "optimize with a lora pass")
+        chosen = next(iter(pipeline(lora))) if lora is not None else present
+        if not isinstance(chosen, Lora):
+            raise FxoptError(f"an adapter is described by a lora pass, not by {chosen}")
+        chosen = dataclasses.replace(chosen, adapter=name)
+        self.dispatcher.pipelines[name] = Pipeline(tuple(chosen if p is present else p for p in self.passes))
+        self.set_adapter(name)
+
+    def set_adapter(self, name: str) -> None:
+        """Switch to an adapter: calls run with it, and only its parameters take gradients.
+
+        Raises:
+            FxoptError: there is no adapter of this name.
+        """
+        if name not in self.adapters:
+            raise FxoptError(f"there is no adapter {name!r}", do=f"they are {', '.join(self.adapters) or 'none: optimize with a lora pass'}")
+        self.dispatcher.activate(name)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the model is its base, bit for bit: the original code on the base's weights (dequantized where quantized)."""
+        if not self.dispatcher.enabled:
+            yield
+            return
+        self.dispatcher.enabled = False
+        try:
+            with adapted.without_adapters(self.model):
+                yield
+        finally:
+            self.dispatcher.enabled = True
+
     def save_adapter(self, folder: str | Path) -> None:
-        """Write the adapters as a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`).
+        """Write the active adapter as a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`).
 
         Raises:
             DataError: the model has no adapters.
@@ -180,11 +237,14 @@ class Optimized(nn.Module):
         found = []
         for path, module, weights in adapted.adapted_modules(self.model):
             for leaf, weight in weights.items():
-                for name, fact in weight.adapters.items():
-                    if leaf != "weight":
-                        raise DataError(f"{weight.name}: PEFT's files hold adapters of parameters called `weight` only")
-                    a, b = adapted.factors(module, leaf, name)
-                    found.append(store.Adapter(path, a.detach(), b.detach(), fact.alpha, fan_in_fan_out=fact.transposed))
+                fact = weight.adapters.get(self.dispatcher.active or "")
+                if fact is None:
+                    continue
+                if leaf != "weight":
+                    raise DataError(f"{weight.name}: PEFT's files hold adapters of parameters called `weight` only")
+                parts = adapted.factors(module, leaf, fact.adapter)
+                found.append(store.Adapter(path, parts["a"].detach(), parts["b"].detach(), fact.alpha, rslora=fact.variant == "rslora",
+                                           fan_in_fan_out=fact.transposed))
         if not found:
             raise DataError("the model has no adapters to save", do="optimize with the lora pass, and call the model once")
         config = getattr(self.model, "config", None)
@@ -192,19 +252,15 @@ class Optimized(nn.Module):
                              modules=[name for name, _ in self.model.named_modules()])
 
     def load_adapter(self, folder: str | Path) -> None:
-        """Read a PEFT folder into the model's adapters.
+        """Read a PEFT folder into the active adapter.
 
         Raises:
             DataError: the file is malformed, or its targets, shapes or scale are not the model's.
         """
-        if not self.dispatcher.installed:
+        if self.dispatcher.pending or self.dispatcher.active is None:
             raise DataError("the model has no adapters yet", do="optimize with the lora pass and `inputs`, then load")
-        given = {}
-        for item in store.read_adapters(folder):
-            name = f"{item.path}.weight"
-            alpha = item.alpha * item.a.shape[0] ** 0.5 if item.rslora else item.alpha  # the scale alpha / sqrt(r), said as alpha / r
-            given[name] = (item.a, item.b, alpha)
-        adapted.load_factors(self.model, given)
+        given = {f"{item.path}.weight": ({"a": item.a, "b": item.b}, item.scale) for item in store.read_adapters(folder)}
+        install.load_factors(self.model, given, self.dispatcher.active)
 
     def merge(self) -> nn.Module:
         """An ordinary module of the original class, with the adapters folded into dense weights. A copy."""
@@ -234,7 +290,7 @@ def _class_for(original: type[nn.Module]) -> type[Optimized]:
     return _CLASSES[original]
 
 
-def _revive(model: nn.Module, passes: str) -> Optimized:
-    return optimize(model, passes)
-
-
+def _revive(model: nn.Module, passes: Mapping[str | None, str], active: str | None) -> Optimized:
+    opt = optimize(model, passes[active])
+    opt.dispatcher.pipelines = {name: pipeline(text) for name, text in passes.items()}
+    return opt

@@ -77,6 +77,7 @@ def _refuse(error: FxoptError, code: int) -> int:
 
 def _dump(arguments: argparse.Namespace) -> str:
     from fxopt.ir.capture import Call, capture
+    from fxopt.ir.program import Sample
     from fxopt.ir.text import diff, report, summary, text
     from fxopt.passes.pipeline import parse, run
 
@@ -88,8 +89,8 @@ def _dump(arguments: argparse.Namespace) -> str:
     model.train(arguments.train)
     call = Call.of(args, kwargs)
     program = capture(model, call)
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())} if arguments.verify else None
-    program = run(pipeline, program, verify="values" if arguments.verify else None, inputs=call.tensors, state=state)
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    program = run(pipeline, program, verify="values" if arguments.verify else None, sample=Sample(call.tensors, state))
     if arguments.diff:
         a, b = (_stage(program, name) for name in arguments.diff)
         return diff(a, b, fold=arguments.fold) + "\n"

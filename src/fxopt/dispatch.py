@@ -17,12 +17,12 @@ from fxopt.errors import CallError, CaptureError
 from fxopt.ir import regions
 from fxopt.ir.capture import Call, capture, guards
 from fxopt.ir.edit import mutates
-from fxopt.ir.facts import Installed
 from fxopt.ir.partition import min_cut, save_all
-from fxopt.ir.program import Assumption, Program, ShapeGuards
+from fxopt.ir.program import Assumption, Program, Sample, ShapeGuards
 from fxopt.passes import pipeline as pipelines
 from fxopt.passes.pipeline import Pipeline
 from fxopt.runtime import adapted, selfcheck
+from fxopt.runtime.install import install
 from fxopt.runtime.binding import Binding, live_state
 from fxopt.runtime.region import RegionRunner
 
@@ -97,10 +97,13 @@ class Dispatcher:
     """
 
     def __init__(self, model: nn.Module, passes: Pipeline, *, check: bool = True, verify: str | None = None) -> None:
-        self.model, self.passes, self.check, self.verify = model, passes, check, verify
+        self.model, self.check, self.verify = model, check, verify
+        self.active = _adapter(passes)
+        self.pipelines: dict[str | None, Pipeline] = {self.active: passes}
+        self.enabled = True
         self.entries: dict[Any, list[Entry]] = {}
         self.runners: dict[Any, RegionRunner] = {}
-        self.installed = any(True for _ in adapted.adapted_modules(model))
+        self.installed = adapted.installed(model)
         self.last: Lowered | None = None
         self.notes: list[str] = []
         self._watched: Watched | None = None
@@ -110,20 +113,35 @@ class Dispatcher:
         if model is None:
             raise CallError("a dispatcher cannot be copied without its model", do="copy the Optimized")
         new = memo[id(self)] = Dispatcher(model, self.passes, check=self.check, verify=self.verify)
+        new.pipelines, new.enabled = dict(self.pipelines), self.enabled
         new.entries = {key: [dataclasses.replace(e, assuming=_unbound(e.assuming), plain=_unbound(e.plain)) for e in found]
                        for key, found in self.entries.items()}
-        new.runners, new.installed, new.notes = dict(self.runners), self.installed, list(self.notes)
+        new.runners, new.notes = dict(self.runners), list(self.notes)
         return new
+
+    @property
+    def passes(self) -> Pipeline:
+        """The pipeline of the active adapter."""
+        return self.pipelines[self.active]
 
     @property
     def pending(self) -> bool:
         """Whether the passes will add parameters that do not exist yet."""
-        return not self.installed and any(p.promise.gradients == "declared" for p in self.passes)
+        known = self.installed.adapters if self.installed is not None else {}
+        return self.active is not None and self.active not in known
+
+    def activate(self, adapter: str) -> None:
+        """Make this adapter the one that calls run with; its program is made when first needed."""
+        if adapter != self.active:
+            self.active = adapter
+            adapted.activate(self.model, adapter)
 
     # -- the way of a call -----------------------------------------------------------------------------------------
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The model's return value, computed by a captured program."""
+        """The model's return value, computed by a captured program; without adapters by the original code, bit for bit."""
+        if not self.enabled:
+            return type(self.model).forward(self.model, *args, **kwargs)
         call = Call.of(args, kwargs)
         lowered = self.find(call)
         self.last = lowered
@@ -140,7 +158,7 @@ class Dispatcher:
     def find(self, call: Call) -> Lowered:
         """The program for a call; captured now if there is none yet."""
         if self._watched is not None and self._watched.stale():
-            if self.installed:
+            if self.installed is not None:
                 raise CallError(f"the module {self._watched.stale()} was replaced after adapters were added", where=type(self.model).__name__,
                                 do="put it back, or optimize the changed model afresh (`opt.merge()` gives a plain one)")
             self.note(f"the module {self._watched.stale()} was replaced: the model is captured again")
@@ -210,7 +228,7 @@ class Dispatcher:
                             do="a constant argument changes at every call: pass it as a tensor")
         if known:
             self.note(f"captured again: {reasons[-1]}")
-        if self.installed:
+        if self.installed is not None:
             self._refuse_unfrozen()
         shapes = tuple(tuple(t.shape) for t in call.tensors)
         try:
@@ -226,16 +244,15 @@ class Dispatcher:
         """Capture, check, optimize and check again. With `exact`, for the call's own sizes of 0 and 1 alone."""
         with adapted.skeleton(self.model):
             raw = capture(self.model, call, exact=exact)
-        if self.installed:
-            names = frozenset(name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers()))
-            raw = raw.replace(facts=raw.facts | {Installed(names)})
+        if self.installed is not None:
+            raw = raw.replace(facts=raw.facts | {self.installed})
         entry = Entry(raw, guards(raw))
         shapes = tuple(tuple(t.shape) for t in call.tensors)
         verdict = entry.guards.check(shapes)
         if verdict not in ("ok", "edge"):
             raise CaptureError(f"the captured graph does not cover the call that it was captured from: {verdict}", where=type(self.model).__name__,
                                do="the model's code fixes a size (with len() or int()): use x.shape, or call with at least two samples")
-        fresh, prove = not self.installed, self.check or verdict == "edge"
+        fresh, prove = self.installed is None, self.check or verdict == "edge"
         small = self._small(entry, call) if self.check else call
         outcome = self._compare_original(raw, small) if prove and fresh and self._changes_function() else None
         usable = self._variant(entry, call)
@@ -247,17 +264,16 @@ class Dispatcher:
         return entry
 
     def _lower(self, raw: Program, passes: Pipeline, call: Call) -> Lowered:
-        if self.verify is not None:
-            names = list(raw.slots)
-            if self.installed:
-                raise CallError("verify=\"values\" covers the first capture of a model whose weights are adapted",
-                                do="optimize a fresh model to verify another kind of call")
-            program = pipelines.run(passes, raw, verify=self.verify, inputs=call.tensors, state=live_state(self.model, names))
-        else:
-            program = pipelines.run(passes, raw)
-        if adapted.install(self.model, program):
-            self._watched = None
-        self.installed = self.installed or any(slot.made is not None for slot in program.slots.values())
+        if self.verify is not None and self.installed is not None:
+            raise CallError("verify=\"values\" covers the first capture of a model whose weights are adapted",
+                            do="optimize a fresh model to verify another kind of call")
+        sample = Sample(call.tensors, live_state(self.model, list(raw.slots.keys() - raw.constants.keys()))) if self.installed is None else None
+        program = pipelines.run(passes, raw, verify=self.verify, sample=sample)
+        del sample  # it holds the dense weights, which installing frees
+        if install(self.model, program):
+            self._watched, self.installed = None, adapted.installed(self.model)
+            if self.active is not None:
+                adapted.activate(self.model, self.active)
         schedule = regions.cut(program, regions.repeated_blocks(self.model))
         for reason in schedule.dissolved:
             self.note(f"not a region of its own: {reason}")
@@ -303,8 +319,10 @@ class Dispatcher:
         assert binding is not None
         names = [n for n in program.slots if n not in program.constants and _read(program, n)]
 
+        drops = program.training and any(getattr(p, "dropout", 0.0) for p in self.passes)  # on activations: no weight shows it
+
         def original(given: Sequence[torch.Tensor]) -> Any:
-            if fresh and self._changes_function():
+            if drops or fresh and self._changes_function():
                 return program.run(given, live_state(self.model, names))
             return self._original(call, given)
 
@@ -362,6 +380,11 @@ def _read(program: Program, name: str) -> bool:
 
 def _unbound(lowered: Lowered | None) -> Lowered | None:
     return None if lowered is None else Lowered(lowered.program, lowered.schedule, lowered.writes, None, list(lowered.checks))
+
+
+def _adapter(passes: Pipeline) -> str | None:
+    """The name of the adapter that a pipeline adds."""
+    return next((str(p.adapter) for p in passes if hasattr(p, "adapter")), None)
 
 
 def _without_assumptions(passes: Pipeline) -> Pipeline:

@@ -135,6 +135,14 @@ def _writes_to_parts(op, place):
     return candidate
 
 
+def _adam_with_l2(param, grad, *rest):
+    return OPS["adamw_"](param, grad + rest[7] * param, *rest[:7], 0.0, *rest[8:])
+
+
+def _adamw_eps_inside(param, grad, *rest):
+    return OPS["adamw_"](param, grad, rest[0], rest[1] + rest[6], *rest[2:6], 0.0, *rest[7:])
+
+
 def _swap_nibbles(packed):
     return packed >> 4 | packed << 4
 
@@ -166,9 +174,8 @@ def _common(op, place=0):
 
 def _faults():
     rms, layer, swiglu, geglu, rope = (OPS[name] for name in ("rms_norm", "layer_norm", "swiglu", "geglu", "rope"))
-    nf4, linear, lora, loss = (
-        OPS[name] for name in ("nf4_dequantize", "linear_nf4", "lora_linear", "linear_cross_entropy")
-    )
+    lora, loss = OPS["lora_linear"], OPS["linear_cross_entropy"]
+    adamw, adamw_8bit = OPS["adamw_"], OPS["adamw_8bit_"]
     none = lambda value: None  # noqa: E731
     flip = lambda value: not value  # noqa: E731
     return {
@@ -219,18 +226,6 @@ def _faults():
             "bias gradient lost": without_gradient(OPS["quantized_linear"], 4),
             "nibbles swapped": with_parts(OPS["quantized_linear"], 1, _first_codes_swapped),
         },
-        "nf4_dequantize": {
-            "nibbles swapped": with_argument(nf4, 0, _swap_nibbles),
-            "scales of the next block": with_argument(nf4, 1, _shift_blocks),
-            "input written": writes_to(nf4, 1),
-            "rounded to bf16": rounds_to(nf4, torch.bfloat16),
-        },
-        "linear_nf4": _common(linear)
-        | {
-            "bias ignored": with_argument(linear, 4, none),
-            "bias gradient lost": without_gradient(linear, 4),
-            "nibbles swapped": with_argument(linear, 1, _swap_nibbles),
-        },
         "lora_linear": _common(lora)
         | {
             "scale dropped": _lora_without_scale,
@@ -243,6 +238,12 @@ def _faults():
             "one mask for all": with_argument(lora, 10, lambda seeds: None if seeds is None else seeds[:1].expand(len(seeds))),
             "first sibling for all": with_argument(lora, 6, lambda bs: [bs[0]] * len(bs) if len({b.shape for b in bs}) == 1 else bs),
         },
+        "dora_norm": {
+            "scale ignored": with_argument(OPS["dora_norm"], 5, lambda scale: 1.0),
+            "adapter ignored": with_argument(OPS["dora_norm"], 4, torch.zeros_like),
+            "norm of the base's columns": lambda *args: (OPS["dora_norm"].reference(*args)[0].flip(0),),
+            "rounded to bf16": rounds_to(OPS["dora_norm"], torch.bfloat16),
+        },
         "linear_cross_entropy": _common(loss)
         | {
             "bias ignored": with_argument(loss, 2, none),
@@ -253,6 +254,24 @@ def _faults():
             "logit scale ignored": with_argument(loss, 8, lambda scale: 1.0),
             "weight gradient lost": without_gradient(loss, 1),
             "bias gradient lost": without_gradient(loss, 2),
+        },
+        "adamw_": {
+            "decay ignored": with_argument(adamw, 9, lambda decay: 0.0),
+            "decay coupled": _adam_with_l2,
+            "eps inside the root": _adamw_eps_inside,
+            "bias not corrected": with_argument(adamw, 10, lambda step: 1_000_000),
+            "factor ignored": with_argument(adamw, 4, none),
+            "one factor for both": with_argument(adamw, 7, lambda beta2: 0.99),
+            "gradient written": writes_to(adamw, 1),
+            "rounded to bf16": rounds_to(adamw, torch.bfloat16),
+        },
+        "adamw_8bit_": {
+            "decay ignored": with_argument(adamw_8bit, 12, lambda decay: 0.0),
+            "factor ignored": with_argument(adamw_8bit, 7, none),
+            "gradient written": writes_to(adamw_8bit, 1),
+            "scales of the next block": with_argument(adamw_8bit, 3, _shift_blocks),
+            "sign lost": lambda *args: (lambda p, m, v: (p, m.abs(), v))(*adamw_8bit(*args)),
+            "first average not stored": lambda *args: (adamw_8bit(*args)[0], *adamw_8bit.results(args)[1:2], adamw_8bit(*args)[2]),
         },
     }
 

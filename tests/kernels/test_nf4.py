@@ -11,7 +11,9 @@ import torch
 from oracle import same_bits
 
 from fxopt.errors import CheckError, DataError
-from fxopt.kernels.nf4 import LEVELS, parse_quant_state, quant_state_json, quantize
+from fxopt.kernels.formats import FORMATS
+from fxopt.kernels.formats.nf4 import LEVELS
+from fxopt.kernels.formats.nf4_state import parse_quant_state, quant_state_json
 
 SHAPES = [(64,), (128, 64), (5, 13), (33, 66), (3, 43), (1, 1), (7,), (257, 1025)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -24,8 +26,12 @@ def weights(shape, dtype=torch.float32):
     return (torch.randn(shape, generator=torch.Generator().manual_seed(math.prod(shape))) * 0.05).to(dtype)
 
 
+def quantize(weight):
+    return FORMATS["nf4"].quantize(weight)[:2]
+
+
 def dequantize(packed, absmax, shape, dtype):
-    return torch.ops.fxopt.nf4_dequantize(packed, absmax, list(shape), dtype)
+    return torch.ops.fxopt.dequantize([packed, absmax, torch.tensor(LEVELS)], "nf4", list(shape), dtype)
 
 
 def test_levels_are_theirs():

@@ -15,7 +15,7 @@ from fxopt.kernels.catalog import CATALOG
 from fxopt.kernels.linear_cross_entropy.body import backward as loss_backward
 from fxopt.kernels.linear_cross_entropy.body import forward as loss_forward
 from fxopt.kernels.lora_linear import body as lora_body
-from fxopt.kernels.nf4 import quantize
+from fxopt.kernels.formats import FORMATS
 from fxopt.kernels.tolerance import eager_error, excess
 
 OPS = {op.name: op for op in CATALOG}
@@ -179,13 +179,13 @@ def test_ignored_rows_never_reach_the_head():
 
 
 def test_threads_do_not_share_buffers():
-    parts = [quantize(normal(96, 64, seed=seed)) for seed in range(4)]
-    expected = [torch.ops.fxopt.nf4_dequantize(*part, [96, 64], torch.bfloat16) for part in parts]
+    parts = [list(FORMATS["nf4"].quantize(normal(96, 64, seed=seed))) for seed in range(4)]
+    expected = [torch.ops.fxopt.dequantize(part, "nf4", [96, 64], torch.bfloat16) for part in parts]
     wrong = []
 
     def work(part, right):
         for _ in range(20):
-            if not same_bits(torch.ops.fxopt.nf4_dequantize(*part, [96, 64], torch.bfloat16), right):
+            if not same_bits(torch.ops.fxopt.dequantize(part, "nf4", [96, 64], torch.bfloat16), right):
                 wrong.append(part)
 
     threads = [threading.Thread(target=work, args=pair) for pair in zip(parts, expected, strict=True)]
@@ -206,14 +206,14 @@ def test_a_frozen_weight_costs_no_product():
 
     def flops(*mask):
         with FlopCounterMode(display=False) as counter:
-            args = (dy, x, weight, None, None, [outputs, features], lora_a, lora_b, low, 0.5, False, list(mask))
+            args = ([dy], x, [weight], ["dense"], [outputs, features], [], [lora_a], [lora_b], low, [0.5], False, 0.0, None, list(mask))
             lora_body.backward(*args)
         return counter.get_total_flops()
 
     dense, adapter = 2 * rows * features * outputs, 2 * rows * rank * (features + outputs)
-    assert flops(True, False, False, True, True) <= dense + 2 * adapter
-    assert flops(True, True, False, True, True) - flops(True, False, False, True, True) == dense
-    assert flops(False, False, False, True, True) <= 2 * adapter
+    assert flops(True, False, True, True) <= dense + 2 * adapter
+    assert flops(True, True, True, True) - flops(True, False, True, True) == dense
+    assert flops(False, False, True, True) <= 2 * adapter
 
 
 def test_a_frozen_head_costs_no_weight_gradient():
@@ -235,7 +235,7 @@ def test_a_new_adapter_changes_no_bit(transposed, biased, dtype, adapter):
     bias = normal(24, dtype=dtype, seed=2) if biased else None
     lora_a, lora_b = normal(4, 40, dtype=adapter, seed=3), torch.zeros(24, 4, dtype=adapter)
     stored = weight.t().contiguous() if transposed else weight
-    mine = OPS["lora_linear"](x, stored, bias, None, [], lora_a, lora_b, 2.0, transposed)[0]
+    mine = OPS["lora_linear"](x, [stored], ["dense"], list(stored.shape), [] if bias is None else [bias], [lora_a], [lora_b], [2.0], transposed, 0.0, None)[0]
     if transposed:
         rows = x.view(-1, 40)
         plain = (rows.mm(stored) if bias is None else torch.addmm(bias, rows, stored)).view(mine.shape)

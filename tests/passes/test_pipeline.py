@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from fxopt.errors import CheckError, PassError
 from fxopt.ir.capture import Call, capture
 from fxopt.ir.edit import Edit
-from fxopt.ir.program import Program
+from fxopt.ir.program import Program, Sample
 from fxopt.passes.base import Pass, Promise
 from fxopt.passes.language import read
 from fxopt.passes.pipeline import Pipeline, apply, parse, pipeline, run
@@ -260,14 +260,14 @@ def twice_halved(edit: Edit) -> None:
 def test_values_are_verified() -> None:
     program, inputs, state = small()
     kept = {name: value.clone() for name, value in state.items()}
-    good = run(made("good", twice_halved), program, verify="values", inputs=inputs, state=state)
+    good = run(made("good", twice_halved), program, verify="values", sample=Sample(inputs, state))
     assert "of the allowed error" in good.log[-1].notes[-1]
-    plain = run(made("none", lambda edit: None, promise=Promise("exact")), program, verify="values", inputs=inputs, state=state)
+    plain = run(made("none", lambda edit: None, promise=Promise("exact")), program, verify="values", sample=Sample(inputs, state))
     assert "bitwise equal" in plain.log[-1].notes[-1]
     with pytest.raises(CheckError, match="differs"):
-        run(made("bad", lambda edit: relu_to(edit, 1.001)), program, verify="values", inputs=inputs, state=state)
+        run(made("bad", lambda edit: relu_to(edit, 1.001)), program, verify="values", sample=Sample(inputs, state))
     with pytest.raises(CheckError, match="not bitwise equal"):
-        run(made("bad", twice_halved, promise=Promise("exact")), program, verify="values", inputs=inputs, state=state)
-    rough = run(made("rough", lambda edit: relu_to(edit, 1.001), promise=Promise("bounded", bound=0.01)), program, verify="values", inputs=inputs, state=state)
+        run(made("bad", twice_halved, promise=Promise("exact")), program, verify="values", sample=Sample(inputs, state))
+    rough = run(made("rough", lambda edit: relu_to(edit, 1.001), promise=Promise("bounded", bound=0.01)), program, verify="values", sample=Sample(inputs, state))
     assert "approximation" in rough.log[-1].notes[-1]
     assert all(torch.equal(kept[name], value) for name, value in state.items()), "verification must not change the model"

@@ -13,7 +13,7 @@ import fxopt
 from fxopt.errors import PassError
 from fxopt.kernels.tolerance import same
 from fxopt.passes.quantize import Quantize
-from fxopt.runtime.adapted import NF4Weight
+from fxopt.runtime.stored import StoredWeight
 from tests.models import gpt2, llama, tokens
 
 PASSES = "lora(rank=2) | quantize(nf4)"
@@ -27,7 +27,7 @@ def test_no_dense_copy_of_a_quantized_weight_is_kept() -> None:
     opt = fxopt.optimize(model, PASSES, inputs=tokens())
     kept = {n: t for n, t in (*opt.named_parameters(), *opt.named_buffers())}
     for name, shape in shapes.items():
-        assert name not in kept and kept[f"{name}.packed"].numel() == shape.numel() // 2 and kept[f"{name}.absmax"].numel() == shape.numel() // 64
+        assert name not in kept and kept[f"{name}.codes"].numel() == shape.numel() // 2 and kept[f"{name}.absmax"].numel() == shape.numel() // 64
     for name, value in before.items():
         del value
     before.clear()
@@ -49,7 +49,7 @@ def test_values_are_bitsandbytes_bit_for_bit() -> None:
         owner = opt.model.get_submodule(name.removesuffix(".weight"))
         assert torch.equal(bnb.dequantize_4bit(state[name], theirs), owner._modules["weight"].dequantize())
         error = float((owner._modules["weight"].dequantize() - weight).norm() / weight.norm())
-        assert error <= Quantize.promise.bound
+        assert error <= Quantize().promise.bound
 
 
 def test_state_dict_round_trip() -> None:
@@ -72,7 +72,7 @@ def test_scales_stay_fp32_under_a_cast() -> None:
     opt = fxopt.optimize(llama(), PASSES, inputs=tokens())
     holder = opt.model.model.layers[0].mlp.up_proj._modules["weight"]
     opt.to(torch.bfloat16)
-    assert isinstance(holder, NF4Weight) and holder.absmax.dtype == torch.float32 and holder.packed.dtype == torch.uint8
+    assert isinstance(holder, StoredWeight) and holder.absmax.dtype == torch.float32 and holder.codes.dtype == torch.uint8
 
 
 def test_conv1d_and_odd_sizes() -> None:
@@ -106,4 +106,4 @@ def test_merge_is_the_dequantized_model_with_the_adapter() -> None:
     assert type(plain) is type(llama()) and list(plain.state_dict()) == list(llama().state_dict())
     assert same(plain(**tokens()).loss, opt(**tokens()).loss)
     assert not hasattr(plain.model.layers[0].mlp.up_proj, "lora_A")
-    assert isinstance(opt.model.model.layers[0].mlp.up_proj._modules["weight"], NF4Weight)  # the original is as it was
+    assert isinstance(opt.model.model.layers[0].mlp.up_proj._modules["weight"], StoredWeight)  # the original is as it was

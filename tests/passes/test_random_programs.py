@@ -16,7 +16,7 @@ from fxopt.errors import PassError
 from fxopt.ir.capture import Call, capture, guards
 from fxopt.ir.facts import Stored
 from fxopt.ir.program import Program
-from fxopt.kernels import nf4
+from fxopt.kernels.formats import FORMATS
 from fxopt.passes import verify
 from fxopt.passes.base import Pass
 from fxopt.passes.catalog import PASSES
@@ -29,8 +29,8 @@ SIZES = (SIZE, (2, 7), (4, 3))
 
 # Arguments worth trying, by pass; a pass that is not here is tried as it is.
 ARGUMENTS: dict[str, tuple[dict[str, object], ...]] = {
-    "lora": ({"rank": 2}, {"rank": 3, "alpha": 1.0}),
-    "quantize": ({"format": "nf4"}, {"format": "nf4", "head": True}),
+    "lora": ({"rank": 2}, {"rank": 3, "alpha": 1.0}, {"rank": 2, "variant": "rslora"}, {"rank": 2, "variant": "dora"}, {"rank": 2, "dropout": 0.2}),
+    "quantize": ({"format": "nf4"}, {"format": "nf4", "head": True}, {"format": "nf4_nested"}, {"format": "int8"}, {"format": "fp8"}),
 }
 
 
@@ -64,12 +64,13 @@ class Trial:
 
 def dequantized(program: Program, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`state` with every weight that is stored quantized replaced by what its stored form means."""
-    found = dict(state)
-    for name, slot in program.slots.items():
+    found, done = dict(state), set()
+    for slot in program.slots.values():
         stored = slot.made.facts if slot.made is not None else None
-        if isinstance(stored, Stored) and stored.part == "packed":
-            arguments = (state[name], state[name.removesuffix("packed") + "absmax"], list(stored.shape), stored.dtype)
-            found[stored.target] = nf4.OP(*arguments)[0]
+        if isinstance(stored, Stored) and stored.target not in done:
+            parts = [state[f"{stored.target}.{part.name}"] for part in FORMATS[stored.format].parts]
+            found[stored.target] = FORMATS[stored.format].dequantize(parts, stored.shape, stored.dtype)
+            done.add(stored.target)
     return found
 
 
@@ -78,7 +79,9 @@ def exactly(pass_: Pass) -> Pass:
     if pass_.promise.values != "bounded":
         return pass_
     strict = dataclasses.dataclass(frozen=True)(type("Strict", (type(pass_),), {"promise": dataclasses.replace(pass_.promise, values="tolerance")}))
-    return strict(**{field.name: getattr(pass_, field.name) for field in dataclasses.fields(pass_)})
+    made = strict(**{field.name: getattr(pass_, field.name) for field in dataclasses.fields(pass_)})
+    object.__setattr__(made, "promise", dataclasses.replace(pass_.promise, values="tolerance"))
+    return made
 
 
 def leading_to(cls: type[Pass], facts: frozenset[object] = frozenset()) -> list[Pass]:

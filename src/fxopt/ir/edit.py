@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from fxopt.errors import CheckError
 from fxopt.ir import meta
 from fxopt.ir.facts import Installed
-from fxopt.ir.program import Assumption, Miss, Program, Record, Rewrite, Slot
+from fxopt.ir.program import Assumption, Miss, Program, Record, Rewrite, Sample, Slot
 
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
@@ -206,9 +206,8 @@ class Edit:
     Use `call` and `state` to make nodes, `replace` to redirect uses, `missed` and `note` to say what did not happen.
     """
 
-    def __init__(self, program: Program, by: str) -> None:
-        self.source = program
-        self.by = by
+    def __init__(self, program: Program, by: str, sample: Sample | None = None) -> None:
+        self.source, self.by, self.sample = program, by, sample
         self.graph, self.mapping = copy_graph(program.graph)
         self.slots: dict[str, Slot] = dict(program.slots)
         self.facts = set(program.facts)
@@ -232,9 +231,9 @@ class Edit:
         return list(next(reversed(self.graph.nodes)).args[0])
 
     @property
-    def installed(self) -> frozenset[str] | None:
-        """Names of the state that earlier programs of the model brought, or None if this is the first."""
-        return next((fact.names for fact in self.facts if isinstance(fact, Installed)), None)
+    def installed(self) -> Installed:
+        """What the model carries already, brought by earlier programs or loaded; empty for a plain model."""
+        return next((fact for fact in self.facts if isinstance(fact, Installed)), Installed())
 
     def trainable(self, name: str) -> bool:
         """Whether the slot takes a gradient, as edited so far."""
@@ -258,8 +257,7 @@ class Edit:
 
     def item(self, node: fx.Node, index: int, *, like: fx.Node) -> fx.Node:
         """`node[index]` of a node whose value is a tuple, placed right behind it."""
-        new = self.call(operator.getitem, (node, index), like=like, before=node.next)
-        return new
+        return self.call(operator.getitem, (node, index), like=like, before=node.next)
 
     def state(self, slot: Slot, *, like: fx.Node) -> fx.Node:
         """A `get_attr` node that reads a slot; declares the slot if it is new."""
@@ -308,15 +306,17 @@ class Edit:
         """Move a node right behind `anchor`."""
         anchor.append(node)
 
+    def move_before(self, node: fx.Node, anchor: fx.Node) -> None:
+        """Move a node right before `anchor`."""
+        anchor.prepend(node)
+
     def set_target(self, node: fx.Node, target: Any) -> None:
         """Change what a node calls."""
         node.target = target
 
     def set_args(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Change a node's arguments."""
-        node.args = args
-        if kwargs is not None:
-            node.kwargs = kwargs
+        node.args, node.kwargs = args, node.kwargs if kwargs is None else kwargs
 
     def erase(self, node: fx.Node) -> None:
         """Remove a node that nobody reads."""

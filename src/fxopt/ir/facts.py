@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 
 
 @dataclass(frozen=True)
 class Installed:
-    """A fact: the model carries this state of earlier programs. Passes use these slots and make no others."""
+    """A fact: the model carries this state already. Passes use these slots instead of making them anew.
 
-    names: frozenset[str]
+    Attributes:
+        names: of all its parameters and buffers.
+        formats: of the weights that it stores quantized, by slot.
+        adapters: for each adapter's name, the weights that it adapts.
+    """
+
+    names: frozenset[str] = frozenset()
+    formats: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), hash=False)
+    adapters: Mapping[str, frozenset[str]] = field(default_factory=lambda: MappingProxyType({}), hash=False)
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A slot that is one factor of a low-rank adapter: W' = W + scale * B A (transposed weights: W + scale * (B A)^T).
+    """A slot that is one part of a low-rank adapter: W' = W + scale * B A (transposed weights: W + scale * (B A)^T).
+
+    DoRA: W' = m * (W + scale * B A) / ||W + scale * B A||, with one magnitude m for each output.
 
     Attributes:
-        target: slot of the adapted weight, [out, in], or [in, out] if `transposed`.
-        factor: "a" ([rank, in]) or "b" ([out, rank]).
-        scale: alpha / rank.
+        target: slot of the adapted weight.
+        factor: "a" ([rank, in]), "b" ([out, rank]) or "magnitude" ([out]).
+        scale: what B A is multiplied by.
+        transposed: the weight is stored as [in, out].
+        kind: "linear", "embedding", "conv" or "experts": what reads the weight, and with it the factors' shapes.
+        variant: "lora", "rslora" or "dora".
+        dropout: probability of a zero in the adapter's input, in training.
     """
 
     target: str
@@ -31,6 +47,9 @@ class LowRank:
     scale: float
     transposed: bool = False
     adapter: str = "default"
+    kind: str = "linear"
+    variant: str = "lora"
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,8 +58,8 @@ class Stored:
 
     Attributes:
         target: slot of the dense weight that it replaces.
-        part: "packed" (uint8 codes) or "absmax" (fp32 block scales).
-        format: "nf4".
+        part: name of the part, as the format calls it.
+        format: name of the format (see kernels/formats).
         shape, dtype: of the dense weight.
     """
 

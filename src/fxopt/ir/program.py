@@ -168,6 +168,14 @@ class Lazy:
 
 
 @dataclass(frozen=True, eq=False)
+class Sample:
+    """The values of one call, for passes that measure: one tensor per placeholder, and state by slot name."""
+
+    inputs: Sequence[torch.Tensor]
+    state: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class Program:
     """An immutable graph with its state names, call signature, facts and history. See the module's docstring."""
 
@@ -240,11 +248,23 @@ class Program:
             raise CheckError(f"no value for state {missing[0]!r}", do="pass the state of the model the program was captured from")
         return _Interpreter(self, state).run(*inputs)
 
+    def watch(self, sample: Sample, see: Callable[[fx.Node, Any, Mapping[fx.Node, Any]], None]) -> None:
+        """Run on a sample without gradients; `see(node, value, values of the nodes it reads)` after each node. Random state is
+        put back."""
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            _Interpreter(self, sample.state, see).run(*sample.inputs)
+
 
 class _Interpreter(fx.Interpreter):
-    def __init__(self, program: Program, state: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, program: Program, state: Mapping[str, torch.Tensor], see: Callable[..., None] | None = None) -> None:
         super().__init__(torch.nn.Module(), garbage_collect_values=True, graph=program.graph)
-        self.program, self.state = program, state
+        self.program, self.state, self.see = program, state, see
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if self.see is not None:
+            self.see(n, value, self.env)
+        return value
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         found = self.state.get(target)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from fxopt.kernels.adamw import OP as adamw
+from fxopt.kernels.adamw_8bit import OP as adamw_8bit
 from fxopt.kernels.dequantize import OP as dequantize
+from fxopt.kernels.dora_norm import OP as dora_norm
 from fxopt.kernels.geglu import OP as geglu
 from fxopt.kernels.layer_norm import OP as layer_norm
 from fxopt.kernels.linear_cross_entropy import OP as linear_cross_entropy
-from fxopt.kernels.linear_nf4 import OP as linear_nf4
 from fxopt.kernels.lora_linear import OP as lora_linear
-from fxopt.kernels.nf4 import OP as nf4_dequantize
 from fxopt.kernels.op import FusedOp
 from fxopt.kernels.quantized_linear import OP as quantized_linear
 from fxopt.kernels.rms_norm import OP as rms_norm
@@ -23,8 +24,9 @@ CATALOG: tuple[FusedOp, ...] = (
     rope,
     dequantize,
     quantized_linear,
-    nf4_dequantize,
-    linear_nf4,
     lora_linear,
+    dora_norm,
     linear_cross_entropy,
+    adamw,
+    adamw_8bit,
 )

@@ -1,39 +1,11 @@
-"""The base of a linear layer, dense or NF4, and its three products: what the linear ops share."""
+"""The products of a linear layer: what the linear ops share."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from fxopt.errors import CheckError
 from fxopt.kernels.blocks import as_rows
-from fxopt.kernels.nf4.body import dequantize
-
-
-def out_features(weight, absmax, shape, transposed):
-    """Size of the last dimension of y; dense weights ignore `shape`."""
-    sizes = weight.shape if absmax is None else shape
-    return sizes[1] if transposed else sizes[0]
-
-
-def in_features(weight, absmax, shape, transposed):
-    sizes = weight.shape if absmax is None else shape
-    return sizes[0] if transposed else sizes[1]
-
-
-def check(x, weight, absmax, shape, transposed):
-    """Raise unless x fits the weight."""
-    if absmax is None and weight.dtype != x.dtype:
-        raise CheckError(f"x is {x.dtype} and the weight is {weight.dtype}", do="cast x to the weight's dtype")
-    sizes = weight.shape if absmax is None else shape
-    torch._check(len(sizes) == 2, lambda: f"a linear weight has two dimensions, not {len(sizes)}")
-    wanted = in_features(weight, absmax, shape, transposed)
-    torch._check(x.shape[-1] == wanted, lambda: f"x has {x.shape[-1]} features, the weight takes {wanted}")
-
-
-def dense(weight, absmax, shape, dtype):
-    """The weight as a dense matrix in dtype; a temporary where it is quantized."""
-    return weight if absmax is None else dequantize(weight, absmax, shape, dtype)
 
 
 def apply(x, matrix, bias, transposed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -51,7 +52,8 @@ class Pass:
         shown = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.default is not dataclasses.MISSING and value == field.default:
+            default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+            if default is not dataclasses.MISSING and value == default:
                 continue
             shown.append(f"{field.name}={literal(value)}")
         return f"{self.name}({', '.join(shown)})" if shown else self.name
@@ -64,7 +66,7 @@ def literal(value: Any) -> str:
     """An argument as the pass language writes it."""
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(literal(item) for item in value) + "]"
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return "{" + ", ".join(f"{literal(k)}: {literal(v)}" for k, v in value.items()) + "}"
     if isinstance(value, str):
         return value if value.isidentifier() and value not in ("true", "false", "none") else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'

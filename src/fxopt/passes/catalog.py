@@ -11,12 +11,14 @@ from fxopt.passes.lora import Lora
 from fxopt.passes.loss import Loss
 from fxopt.passes.quantize import Quantize
 from fxopt.passes.remat import Remat
+from fxopt.passes.siblings import Siblings
 
 PASSES: tuple[type[Pass], ...] = (
     Canonicalize,
     Causal,
     Lora,
     Quantize,
+    Siblings,
     Fuse,
     Loss,
     Remat,

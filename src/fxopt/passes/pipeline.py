@@ -15,7 +15,7 @@ import torch
 
 from fxopt.errors import FxoptError, PassError
 from fxopt.ir.edit import Edit
-from fxopt.ir.program import Program
+from fxopt.ir.program import Program, Sample
 from fxopt.passes import promises, verify as values
 from fxopt.passes.base import Pass, literal
 from fxopt.passes.catalog import PASSES, establishing
@@ -195,7 +195,7 @@ def _said(hint: Any) -> str:
 # -- applying --------------------------------------------------------------------------------------------------------
 
 
-def apply(pass_: Pass, program: Program) -> Program:
+def apply(pass_: Pass, program: Program, sample: Sample | None = None) -> Program:
     """The program after one pass: facts checked and updated, time taken, the graph linted, the promise checked.
 
     Raises:
@@ -208,7 +208,7 @@ def apply(pass_: Pass, program: Program) -> Program:
         lost = [record.text for record in program.log] if program.log else ["nothing"]
         raise PassError(f"{name} requires {fact!r}, which does not hold here", where=f"after {' | '.join(lost)}",
                         do=f"put {' or '.join(makers)} before it" if makers else "no pass in the catalog establishes it")
-    edit = Edit(program, by=name)
+    edit = Edit(program, by=name, sample=sample)
     start = time.perf_counter()
     try:
         pass_.run(edit)
@@ -220,9 +220,9 @@ def apply(pass_: Pass, program: Program) -> Program:
     edit.facts -= pass_.destroys
     edit.facts |= pass_.establishes
     tags = pass_.promise.values == "same" and edit.facts != program.facts
-    if not (promises.changed(edit) or tags) or (pass_.must_fire and not edit.rewrites and edit.installed is None):
+    if not (promises.changed(edit) or tags) or (pass_.must_fire and not edit.rewrites and not edit.installed.names):
         why = _reasons(edit)
-        if pass_.must_fire and edit.installed is None:
+        if pass_.must_fire and not edit.installed.names:
             raise PassError(f"{pass_} changed nothing{why}", do="change its arguments, or take it out of the pipeline")
         edit.note(f"changed nothing{why}")
     try:
@@ -253,7 +253,7 @@ def _reasons(edit: Edit) -> str:
 
 
 def run(passes: str | Pass | Pipeline | Iterable[str | Pass | Pipeline], program: Program, *, verify: str | None = None,
-        inputs: Sequence[torch.Tensor] = (), state: Mapping[str, torch.Tensor] | None = None) -> Program:
+        sample: Sample | None = None) -> Program:
     """The program after all passes of a pipeline.
 
     Where a pass requires a fact that an exact pass establishes (`canonicalize` for the patterns), that pass is put in front
@@ -261,9 +261,8 @@ def run(passes: str | Pass | Pipeline | Iterable[str | Pass | Pipeline], program
 
     Args:
         verify: None checks types and structure only. "values" also runs the program before and after each pass that
-            promises equal values, on `inputs` and `state`, and compares outputs, gradients and buffers.
-        inputs: one tensor per placeholder, for `verify`.
-        state: a value for every slot of `program`, for `verify`.
+            promises equal values, on the sample, and compares outputs, gradients and buffers.
+        sample: the values of one call, for `verify` and for passes that measure.
 
     Raises:
         PassError: see `apply`.
@@ -271,7 +270,7 @@ def run(passes: str | Pass | Pipeline | Iterable[str | Pass | Pipeline], program
     """
     if verify not in (None, "values"):
         raise PassError(f"verify must be None or 'values', got {verify!r}")
-    known = dict(state or {})
+    known = dict(sample.state if sample is not None else {})
     waiting = list(pipeline(passes))
     while waiting:
         pass_ = waiting.pop(0)
@@ -279,10 +278,10 @@ def run(passes: str | Pass | Pipeline | Iterable[str | Pass | Pipeline], program
         if needed is not None:
             waiting.insert(0, pass_)
             pass_ = needed
-        after = apply(pass_, program)
+        after = apply(pass_, program, sample)
         if verify == "values":
             known = values.materialize(after, known)
-            note = values.check(pass_, program, after, inputs, known)
+            note = values.check(pass_, program, after, sample.inputs if sample is not None else (), known)
             record = dataclasses.replace(after.log[-1], notes=(*after.log[-1].notes, note))
             after = after.replace(log=(*after.log[:-1], record))
         program = after

@@ -13,6 +13,7 @@ from fxopt.passes.lora import Lora
 from fxopt.passes.loss import Loss
 from fxopt.passes.pipeline import Pipeline, build
 from fxopt.passes.remat import Remat
+from fxopt.passes.siblings import Siblings
 
 
 def exact() -> Pipeline:
@@ -38,4 +39,4 @@ def finetune(rank: int = 16, alpha: float | None = None, quantize: str | None = 
     adapters = Lora(rank, alpha, targets if isinstance(targets, str) else tuple(targets))
     stored: tuple[Pass, ...] = (build("quantize", quantize),) if quantize is not None else ()
     saved: tuple[Pass, ...] = (Remat(),) if remat else ()
-    return Pipeline((Canonicalize(), Causal(), adapters, *stored, Fuse(), Loss(), *saved, DeadCode()))
+    return Pipeline((Canonicalize(), Causal(), adapters, *stored, Siblings(), Fuse(), Loss(), *saved, DeadCode()))

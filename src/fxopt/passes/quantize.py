@@ -2,104 +2,179 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.fx as fx
 
+from fxopt.errors import CheckError, PassError
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit, rule_here
 from fxopt.ir.facts import Stored
 from fxopt.ir.program import Made, Slot
-from fxopt.kernels import nf4
-from fxopt.kernels.linear_nf4 import OP as LINEAR_NF4
+from fxopt.kernels.dora_norm import OP as DORA_NORM
+from fxopt.kernels.formats import FORMATS, Format, named
 from fxopt.kernels.lora_linear import OP as LORA_LINEAR
-from fxopt.passes import linears
+from fxopt.kernels.lora_linear.grouping import first_parts
+from fxopt.kernels.quantized_linear import OP as QUANTIZED_LINEAR
+from fxopt.passes import linears, sensitivity
 from fxopt.passes.base import Pass, Promise
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The promise's bound over the format's measured error on Gaussian weights: weights with heavier tails lose more.
+_MARGIN = 1.3
 
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """store frozen linear weights in 4 bits
+    """store frozen linear weights in few bits
 
-    Each frozen weight that only linears read is stored as NF4 (Dettmers et al., 2023, https://arxiv.org/abs/2305.14314:
-    4-bit codes of a normal-float table, one fp32 scale per 64 values, bitsandbytes' layout) and dequantized inside the
-    op. No dense copy is kept.
+    Each frozen weight that only linears read is stored in a format of kernels/formats and dequantized inside the op that
+    reads it. No dense copy is kept. A weight that the model stores quantized already keeps its format.
 
     Attributes:
-        format: "nf4".
+        format: "nf4" (Dettmers et al., 2023, https://arxiv.org/abs/2305.14314: 4-bit normal-float codes, one fp32 scale per
+            64 values, bitsandbytes' layout), "nf4_nested" (scales in 8 bits), "int8" and "fp8" (one scale per row), or another
+            name of kernels/formats that can be made from dense weights.
         head: also the output head (a linear that everything else goes through).
+        bits: a budget instead of one format: bits per weight on average. Each weight then gets the format that costs least
+            output error per byte saved, measured on the example call (see passes/sensitivity.py). The report shows the choice.
+
+    Raises:
+        PassError: an unknown format; a budget below the smallest format's; a budget without an example call.
     """
 
     name: ClassVar[str] = "quantize"
     establishes: ClassVar[frozenset[str]] = frozenset({"quantized"})
-    # Gaussian weights: 9.2% relative error of the stored values (measured on 2048 x 2048)
+    # Gaussian weights in NF4: 9.2% relative error of the stored values (measured on 2048 x 2048); each instance has its own
     promise: ClassVar[Promise] = Promise(values="bounded", bound=0.12)
     must_fire: ClassVar[bool] = True
 
-    format: Literal["nf4"] = "nf4"
+    format: str = "nf4"
     head: bool = False
+    bits: float | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            chosen = named(self.format)
+        except CheckError as error:
+            raise PassError(f"quantize: {error.what}", do=error.do) from error
+        if chosen.quantize is None or chosen.name == "dense":
+            makes = [name for name, each in FORMATS.items() if each.quantize is not None and name != "dense"]
+            raise PassError(f"quantize: {self.format} weights cannot be made from dense ones", do=f"use {', '.join(makes)}")
+        if self.bits is not None and not self.bits > 0:
+            raise PassError(f"quantize: bits must be a number above 0, got {self.bits}")
+        worst = max(FORMATS[name].error for name in sensitivity.CANDIDATES) if self.bits is not None else chosen.error
+        object.__setattr__(self, "promise", Promise(values="bounded", bound=_MARGIN * worst))
 
     def run(self, edit: Edit) -> None:
         """Rewrite every linear whose weight is frozen."""
         parameters = {name for name, slot in edit.slots.items() if slot.kind == "parameter" and slot.made is None}
         found = linears.find(edit.nodes, parameters)
-        products = [node for node in edit.nodes if node.target is LORA_LINEAR.forward.overload]
-        uses: dict[str, list[linears.Linear | fx.Node]] = {}
+        uses: dict[str, list[fx.Node]] = {}
         for linear in found:
-            uses.setdefault(linear.name, []).append(linear)
-        for node in products:
-            if node.args[3] is None:  # its base is dense
-                uses.setdefault(str(linears.uncast(node.args[1]).target), []).append(node)
+            uses.setdefault(linear.name, []).append(linear.node)
+        products = [node for node in edit.nodes if node.target is LORA_LINEAR.forward.overload]
+        for node in (*products, *(node for node in edit.nodes if node.target is DORA_NORM.forward.overload)):
+            for name in _dense_bases(node):
+                uses.setdefault(name, []).append(node)
         head = None if self.head else linears.head(edit, found, products)
+        refused: dict[str, str] = {}
         for name, users in uses.items():
-            first = users[0].node if isinstance(users[0], linears.Linear) else users[0]
-            reason = self._refuse(edit, name, users, head)
-            if reason:
-                edit.missed("quantize", first, f"{name} {reason}")
-                continue
-            for user in users:
-                self._rewrite(edit, name, user)
+            if (reason := self._refuse(edit, name, users, head)) is not None:
+                refused[name] = reason
+                edit.missed("quantize", users[0], f"{name} {reason}")
+        plan = self._plan(edit, [name for name in uses if name not in refused])
+        for name, chosen in plan.items():
+            for user in uses[name]:
+                _rewrite(edit, self.name, name, chosen, user)
         edit.dead()
 
-    def _refuse(self, edit: Edit, name: str, users: list[linears.Linear | fx.Node], head: str | None) -> str | None:
-        if edit.installed is not None:
-            return None if f"{name}.packed" in edit.installed else "was not quantized when the model was first captured"
+    def _plan(self, edit: Edit, names: list[str]) -> Mapping[str, Format]:
+        """The format of each weight."""
+        formats = edit.installed.formats
+        if formats or self.bits is None:
+            return {name: FORMATS[formats.get(name, self.format)] for name in names}
+        if edit.sample is None:
+            raise PassError("quantize(bits=...) measures the error of each format on an example call, and there is none",
+                            do="give `optimize` the example `inputs`, or name one format")
+        root = next(program for program in edit.source.history() if program.parent is None)
+        errors = sensitivity.measure(root, edit.sample, set(names))
+        slots = {name: edit.slots[name] for name in names if name in errors}
+        chosen = sensitivity.choose(errors, {name: (slot.shape, slot.dtype) for name, slot in slots.items()}, self.bits)
+        for line in sensitivity.said(chosen, errors, slots):
+            edit.note(line)
+        return {name: FORMATS[format] for name, format in chosen.items() if format != "dense"}
+
+    def _refuse(self, edit: Edit, name: str, users: list[fx.Node], head: str | None) -> str | None:
+        installed = edit.installed
+        if name in installed.formats:
+            return None
+        if installed.formats or installed.adapters:
+            return "was not quantized when the model was first captured"
         if edit.trainable(name):
             return "is trained: only frozen weights are quantized (put lora before quantize)"
         if edit.slots[name].aliases:
             return f"is tied to {edit.slots[name].aliases[0]}"
         if name == head:
             return "is the output head (quantize(head=true) takes it too)"
-        mine = {user.node if isinstance(user, linears.Linear) else user for user in users}
+        mine = set(users)
         for node in edit.nodes:
             if node.op == "get_attr" and node.target == name:
                 for reader in node.users:
                     through = bool(reader.users) and all(u in mine for u in reader.users)
                     if reader not in mine and not through:
                         return f"is also read by {reader.name}, which is not a linear"
-        if edit.slots[name].dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if edit.slots[name].dtype not in _DTYPES:
             return f"is {edit.slots[name].dtype}"
-        return None
+        return None if self.bits is not None else FORMATS[self.format].fits(edit.slots[name].shape)
 
-    def _rewrite(self, edit: Edit, name: str, user: linears.Linear | fx.Node) -> None:
-        if isinstance(user, linears.Linear):
-            user = linears.read(user.node) or user  # its input may have been an earlier linear, and be another node now
-        node = user.node if isinstance(user, linears.Linear) else user
-        slot = edit.slots[name]
-        n = slot.shape[0] * slot.shape[1]
-        packed, absmax = (
-            edit.state(Slot(f"{name}.{part}", shape, dtype, "buffer", False,
-                            Made(self.name, nf4.quantize, name, item, True, Stored(name, part, self.format, slot.shape, slot.dtype))), like=node)
-            for item, (part, shape, dtype) in enumerate((("packed", ((n + 1) // 2, 1), torch.uint8),
-                                                         ("absmax", (-(-n // nf4.BLOCK),), torch.float32))))
-        shape = list(slot.shape)
-        if isinstance(user, linears.Linear):
-            x, bias = (linears.cast(edit, n, meta.tensor(node).dtype, node) for n in (user.x, user.bias))
-            new = edit.call(LINEAR_NF4.forward.overload, (x, packed, absmax, shape, bias, user.transposed), like=node)
-        else:
-            x, _, bias, _, _, a, b, scale, transposed = node.args
-            new = edit.call(LORA_LINEAR.forward.overload, (x, packed, bias, absmax, shape, a, b, scale, transposed), like=node)
-        edit.replace(node, new, rule=rule_here("quantize"))
-        edit.erase(node)
+
+def _dense_bases(node: fx.Node) -> list[str]:
+    """The weights that an op of this family reads as dense bases."""
+    if node.target is DORA_NORM.forward.overload:
+        bases, formats = node.args[0], [node.args[1]]
+    else:
+        bases, formats = node.args[1], node.args[2]
+    return [str(linears.uncast(bases[place]).target) for place, format in zip(first_parts(formats), formats) if format == "dense"]
+
+
+def _parts(edit: Edit, by: str, name: str, chosen: Format, like: fx.Node) -> list[fx.Node]:
+    """The nodes that read the parts of a stored weight; declares their slots."""
+    slot = edit.slots[name]
+    return [
+        edit.state(Slot(f"{name}.{part.name}", tuple(part.shape(slot.shape)), part.dtype, "buffer", False,
+                        Made(by, chosen.quantize, name, item, True, Stored(name, part.name, chosen.name, slot.shape, slot.dtype))), like=like)
+        for item, part in enumerate(chosen.parts)
+    ]
+
+
+def _rewrite(edit: Edit, by: str, name: str, chosen: Format, node: fx.Node) -> None:
+    parts, shape = _parts(edit, by, name, chosen, node), list(edit.slots[name].shape)
+    if node.target is LORA_LINEAR.forward.overload or node.target is DORA_NORM.forward.overload:
+        _swap(edit, node, name, parts, chosen)
+        return
+    user = linears.read(node)  # read again: its input may have been an earlier linear, and be another node now
+    x, bias = (linears.cast(edit, n, meta.tensor(node).dtype, node) for n in (user.x, user.bias))
+    new = edit.call(QUANTIZED_LINEAR.forward.overload, (x, parts, chosen.name, shape, bias, user.transposed), like=node)
+    edit.replace(node, new, rule=rule_here("quantize"))
+    edit.erase(node)
+
+
+def _swap(edit: Edit, node: fx.Node, name: str, parts: list[fx.Node], chosen: Format) -> None:
+    """Give an op of this family another base."""
+    args: list[Any] = list(node.args)
+    at = 0 if node.target is DORA_NORM.forward.overload else 1
+    formats = [args[at + 1]] if at == 0 else list(args[at + 1])
+    bases: list[fx.Node] = []
+    for i, (place, format) in enumerate(zip(first_parts(formats), tuple(formats))):
+        mine = list(args[at][place : place + len(named(format).parts)])
+        if format == "dense" and str(linears.uncast(mine[0]).target) == name:
+            mine, formats[i] = parts, chosen.name
+        bases += mine
+    args[at], args[at + 1] = bases, formats[0] if at == 0 else formats
+    edit.set_args(node, tuple(args))
+    edit.rewrote(rule_here("quantize"), node)
+

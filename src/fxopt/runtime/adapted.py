@@ -3,96 +3,44 @@
 A weight with a low-rank adapter, or one kept in a quantized format, is a *getter* of its module under the weight's own
 name: W' = dequantized(base) + scale * B A. The passes' ops are the algebraic rewrite of that. The base tensor stays in
 the module's `_parameters` under its own name (or, quantized, in a child module of that name), so `state_dict` keeps the
-original names, and quantized weights appear under bitsandbytes' keys.
+original names, and quantized weights appear under the keys of their format's files.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from fxopt.errors import DataError, LowerError
-from fxopt.ir.facts import LowRank, Stored
-from fxopt.ir.program import Program, Slot
-from fxopt.kernels import nf4
-from fxopt.runtime.binding import locate, unbind
+from fxopt.ir.facts import Installed, LowRank, Stored
+from fxopt.runtime.binding import unbind
+from fxopt.runtime.stored import StoredWeight
 
 _STATE = "_fxopt_adapted"
 _CLASSES: dict[tuple[type, tuple[str, ...]], type] = {}
+FACTORS = {"a": "lora_A", "b": "lora_B", "magnitude": "lora_magnitude_vector"}
 
 
 @dataclass
 class Weight:
-    """What is known of one adapted weight of a module: its adapters, and its storage if it is quantized."""
+    """What is known of one adapted weight of a module: its adapters, and its storage if it is quantized.
+
+    Attributes:
+        adapters: by name; the fact of factor A stands for the whole adapter.
+        active: the adapter that the weight has now; None: the base alone.
+    """
 
     name: str
     adapters: dict[str, LowRank] = field(default_factory=dict)
     stored: Stored | None = None
     position: int = 0  # among the module's parameters, so that names keep their order
-    enabled: bool = True
+    active: str | None = None
     dense: torch.Tensor | None = None  # kept only inside `dense_weights`
-
-
-class NF4Weight(nn.Module):
-    """The packed codes and scales of one NF4 weight. A child module with the weight's own name.
-
-    Its entries in a state dict are bitsandbytes': `weight` (uint8 codes), `weight.absmax`, `weight.quant_map`,
-    `weight.quant_state.bitsandbytes__nf4`.
-    """
-
-    def __init__(self, packed: torch.Tensor, absmax: torch.Tensor, stored: Stored) -> None:
-        super().__init__()
-        self.stored = stored
-        self.register_buffer("packed", packed)
-        self.register_buffer("absmax", absmax)
-
-    def dequantize(self) -> torch.Tensor:
-        """The dense weight, in its original shape and dtype."""
-        return torch.ops.fxopt.nf4_dequantize(self.packed, self.absmax, list(self.stored.shape), self.stored.dtype)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> NF4Weight:
-        # codes and scales only move; a cast changes the dtype of the dense weight that they stand for
-        probe = fn(torch.empty(0, dtype=self.stored.dtype, device=self.packed.device))
-        device, self.stored = probe.device, dataclasses.replace(self.stored, dtype=probe.dtype)
-        self.packed, self.absmax = self.packed.to(device), self.absmax.to(device)
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        base = prefix[:-1]
-        state = nf4.quant_state_json(self.stored.shape, self.stored.dtype)
-        levels = torch.as_tensor(nf4.LEVELS, dtype=torch.float32)
-        for key, value in ((base, self.packed), (f"{base}.absmax", self.absmax), (f"{base}.quant_map", levels), (f"{base}.{nf4.KEY}", state)):
-            destination[key] = value
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the module that owns the weight hands its keys over (see `Adapted`)."""
-
-    def load(self, state: Mapping[str, torch.Tensor], key: str, missing: list[str], errors: list[str]) -> None:
-        """Take codes and scales from a state dict with bitsandbytes' keys; `key` is the weight's own."""
-        lacking = [name for name in (key, f"{key}.absmax") if name not in state]
-        if lacking:
-            missing.extend(lacking)
-            return
-        known = f"{key}.{nf4.KEY}"
-        if known in state:
-            found = nf4.parse_quant_state(state[known])
-            if tuple(found.shape) != tuple(self.stored.shape):
-                errors.append(f"{key}: the stored weight has the shape {tuple(found.shape)}, the model's is {self.stored.shape}")
-                return
-        for mine, name in ((self.packed, key), (self.absmax, f"{key}.absmax")):
-            if mine.shape != state[name].shape or mine.dtype != state[name].dtype:
-                errors.append(f"{name}: {tuple(state[name].shape)} {state[name].dtype} where {tuple(mine.shape)} {mine.dtype} is needed")
-                return
-        with torch.no_grad():
-            self.packed.copy_(state[key])
-            self.absmax.copy_(state[f"{key}.absmax"])
 
 
 class Adapted:
@@ -103,9 +51,10 @@ class Adapted:
         rest = dict(state_dict)
         for leaf, weight in self.__dict__[_STATE].items():
             if weight.stored is not None:
-                key = f"{prefix}{leaf}"
-                self._modules[leaf].load(state_dict, key, missing_keys, error_msgs)  # type: ignore[attr-defined]
-                rest = {name: value for name, value in rest.items() if name != key and not name.startswith(f"{key}.")}
+                key, holder = f"{prefix}{leaf}", self._modules[leaf]  # type: ignore[attr-defined]
+                holder.load(state_dict, key, missing_keys, error_msgs)
+                for name in holder.keys(key):
+                    rest.pop(name, None)
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -134,19 +83,36 @@ def _getter(leaf: str) -> Any:
     return get
 
 
+# -- values --------------------------------------------------------------------------------------------------------------
+
+
 def value_of(module: nn.Module, leaf: str) -> torch.Tensor:
-    """The adapted weight: dequantized base plus the enabled adapters."""
+    """The adapted weight: dequantized base plus the active adapter. (Dropout acts on activations and is not in here.)"""
     weight: Weight = module.__dict__[_STATE][leaf]
     if weight.dense is not None:
         return weight.dense
     base = base_of(module, leaf)
-    if not weight.enabled:
-        return base
-    for adapter, fact in weight.adapters.items():
-        a, b = factors(module, leaf, adapter)
-        delta = (b @ a) * fact.scale
-        base = base + (delta.t() if fact.transposed else delta).to(base.dtype)
-    return base
+    return base if weight.active not in weight.adapters else with_adapter(base, module, leaf, weight.active)
+
+
+def with_adapter(base: torch.Tensor, module: nn.Module, leaf: str, adapter: str) -> torch.Tensor:
+    """A base weight with one of the module's adapters added."""
+    fact: LowRank = module.__dict__[_STATE][leaf].adapters[adapter]
+    parts = factors(module, leaf, adapter)
+    change = delta(fact, parts["a"], parts["b"])
+    if fact.variant != "dora":
+        return base + change.to(base.dtype)
+    whole = base.to(change.dtype) + change
+    rows = whole if fact.transposed else whole.reshape(whole.shape[0], -1).t()  # [in, out]: a norm for each output
+    norm = rows.detach().norm(dim=0)
+    gain = parts["magnitude"] / norm
+    return (whole * (gain if fact.transposed else gain.view(-1, *[1] * (whole.dim() - 1)))).to(base.dtype)
+
+
+def delta(fact: LowRank, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """scale * B A in the weight's own layout."""
+    product = (b @ a) * fact.scale
+    return product.t() if fact.transposed else product
 
 
 def base_of(module: nn.Module, leaf: str) -> torch.Tensor:
@@ -155,10 +121,18 @@ def base_of(module: nn.Module, leaf: str) -> torch.Tensor:
     return kept if kept is not None else module._modules[leaf].dequantize()  # type: ignore[union-attr,operator]
 
 
-def factors(module: nn.Module, leaf: str, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """(A, B) of an adapter."""
-    prefix = "" if leaf == "weight" else f"{leaf}_"
-    return module._modules[f"{prefix}lora_A"]._parameters[adapter], module._modules[f"{prefix}lora_B"]._parameters[adapter]  # type: ignore[union-attr,return-value]
+def holder_name(leaf: str, factor: str) -> str:
+    """The child of the weight's module that holds one factor of all its adapters."""
+    return f"{'' if leaf == 'weight' else leaf + '_'}{FACTORS[factor]}"
+
+
+def factors(module: nn.Module, leaf: str, adapter: str) -> dict[str, nn.Parameter]:
+    """The parameters of an adapter by factor: "a", "b", and for DoRA "magnitude"."""
+    holders = {factor: module._modules.get(holder_name(leaf, factor)) for factor in FACTORS}
+    return {factor: holder._parameters[adapter] for factor, holder in holders.items() if holder is not None and adapter in holder._parameters}  # type: ignore[misc]
+
+
+# -- finding and switching -----------------------------------------------------------------------------------------------
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Weight]]]:
@@ -168,96 +142,60 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str
             yield path, module, module.__dict__[_STATE]
 
 
-# -- installing ----------------------------------------------------------------------------------------------------------
+def weights_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Weight]]:
+    """(module, leaf, record) of every adapted weight."""
+    for _, module, weights in adapted_modules(model):
+        for leaf, weight in weights.items():
+            yield module, leaf, weight
 
 
-def install(model: nn.Module, program: Program) -> list[str]:
-    """Give the model the state that a program's passes introduced. What exists already is kept. Returns the new names.
-
-    A dense weight is freed as soon as its quantized form exists: the peak is one weight.
-    """
-    pending: dict[str, list[Slot]] = {}
-    for slot in program.slots.values():
-        if slot.made is not None and not _exists(model, slot.name):
-            pending.setdefault(slot.made.source or slot.name, []).append(slot)
-    created: list[str] = []
-    for source, slots in pending.items():
-        memo: dict[Any, Any] = {}
-        with torch.no_grad():
-            values = {slot.name: slot.made.value(_source(model, slot), memo) for slot in slots}
-        memo.clear()
-        for slot in slots:
-            made = values[slot.name]
-            if tuple(made.shape) != slot.shape or made.dtype != slot.dtype:
-                raise LowerError(f"{slot.made.by} made {tuple(made.shape)} {made.dtype} for {slot.name}, which is {slot.shape} {slot.dtype}")
-            if isinstance(slot.made.facts, LowRank):
-                _add_factor(model, slot, made)
-            elif not isinstance(slot.made.facts, Stored):
-                raise LowerError(f"{slot.made.by} made state of a kind that the runtime does not know", where=slot.name)
-        stored = {slot.made.facts.part: slot for slot in slots if isinstance(slot.made.facts, Stored)}
-        if stored:
-            _replace_weight(model, stored["packed"].made.facts, values[stored["packed"].name], values[stored["absmax"].name])
-        created += [slot.name for slot in slots]
-    for name in program.frozen:
-        if _exists(model, name):
-            _, store, leaf = locate(model, name)
-            store[leaf].requires_grad_(False)
-    return created
-
-
-def _exists(model: nn.Module, name: str) -> bool:
-    try:
-        locate(model, name)
-    except KeyError:
-        return False
-    return True
-
-
-def _source(model: nn.Module, slot: Slot) -> torch.Tensor | None:
-    if slot.made is None or slot.made.source is None or not _exists(model, slot.made.source):
+def installed(model: nn.Module) -> Installed | None:
+    """What a model carries already, for passes; None for a plain model."""
+    found = list(weights_of(model))
+    if not found:
         return None
-    _, store, leaf = locate(model, slot.made.source)
-    return store[leaf].detach()
+    names = frozenset(name for name, _ in (*model.named_parameters(), *model.named_buffers()))
+    adapters = {name: frozenset(w.name for *_, w in found if name in w.adapters) for *_, weight in found for name in weight.adapters}
+    return Installed(names, {w.name: w.stored.format for *_, w in found if w.stored is not None}, adapters)
 
 
-def _weight(model: nn.Module, target: str) -> tuple[nn.Module, str, Weight]:
+def activate(model: nn.Module, adapter: str | None) -> None:
+    """Give every weight this adapter, or none. Only the active adapter's factors take gradients."""
+    for module, leaf, weight in weights_of(model):
+        weight.active = adapter
+        for name in weight.adapters:
+            for parameter in factors(module, leaf, name).values():
+                parameter.requires_grad_(name == adapter)
+                if name != adapter:
+                    parameter.grad = None
+
+
+# -- looking from outside ------------------------------------------------------------------------------------------------
+
+
+def record(module: nn.Module, leaf: str, name: str) -> Weight:
     """The record of an adapted weight; made, and the module's class extended, if there is none yet."""
-    path, _, leaf = target.rpartition(".")
-    module = model.get_submodule(path)
     weights: dict[str, Weight] = module.__dict__.setdefault(_STATE, {})
     if leaf not in weights:
         base = type(module).__mro__[2] if isinstance(module, Adapted) else type(module)
-        weights[leaf] = Weight(target)
+        weights[leaf] = Weight(name)
         module.__class__ = adapted_class(base, tuple(weights))
-    return module, leaf, weights[leaf]
+    return weights[leaf]
 
 
-def _add_factor(model: nn.Module, slot: Slot, value: torch.Tensor) -> None:
-    fact: LowRank = slot.made.facts  # type: ignore[union-attr,assignment]
-    module, leaf, weight = _weight(model, fact.target)
-    holder_path = slot.name.rpartition(".")[0].rpartition(".")[2]
-    if holder_path not in module._modules:
-        module._modules[holder_path] = nn.ParameterDict()
-    module._modules[holder_path][fact.adapter] = nn.Parameter(value, requires_grad=slot.requires_grad)  # type: ignore[index]
-    weight.adapters[fact.adapter] = fact
-
-
-def _replace_weight(model: nn.Module, stored: Stored, packed: torch.Tensor, absmax: torch.Tensor) -> None:
-    module, leaf, weight = _weight(model, stored.target)
-    weight.position = list(module._parameters).index(leaf)
-    del module._parameters[leaf]
-    module._modules[leaf] = NF4Weight(packed, absmax, stored)
-    weight.stored = stored
-
-
-def _put(module: nn.Module, leaf: str, parameter: nn.Parameter, position: int) -> None:
+def put(module: nn.Module, leaf: str, parameter: nn.Parameter, position: int) -> None:
     """Set a parameter at its place in the order of the module's parameters."""
     items = [(name, kept) for name, kept in module._parameters.items() if name != leaf]
     module._parameters.clear()
     module._parameters.update([*items[:position], (leaf, parameter), *items[position:]])
 
 
-# -- looking from outside ------------------------------------------------------------------------------------------------
+def _strip(module: nn.Module, leaf: str) -> None:
+    """Take the children of an adapted weight away: factors and stored parts."""
+    if leaf in module._modules:
+        del module._modules[leaf]
+    for factor in FACTORS:
+        module._modules.pop(holder_name(leaf, factor), None)
 
 
 @contextlib.contextmanager
@@ -269,15 +207,12 @@ def skeleton(model: nn.Module) -> Iterator[None]:
         for _, module, weights in list(adapted_modules(model)):
             undo.append((module, type(module), dict(module._parameters), dict(module._modules)))
             for leaf, weight in weights.items():
-                if weight.stored is not None:
-                    device = module._modules[leaf].packed.device  # type: ignore[union-attr]
-                    empty = torch.empty(weight.stored.shape, dtype=module._modules[leaf].stored.dtype, device=device)  # type: ignore[union-attr]
+                holder = module._modules.get(leaf)
+                _strip(module, leaf)
+                if isinstance(holder, StoredWeight):
+                    empty = torch.empty(holder.stored.shape, dtype=holder.stored.dtype, device=holder.parts[0].device)
                     empty.untyped_storage().resize_(0)
-                    del module._modules[leaf]
-                    _put(module, leaf, nn.Parameter(empty, requires_grad=False), weight.position)
-                prefix = "" if leaf == "weight" else f"{leaf}_"
-                for factor in ("A", "B"):
-                    module._modules.pop(f"{prefix}lora_{factor}", None)
+                    put(module, leaf, nn.Parameter(empty, requires_grad=False), weight.position)
             module.__class__ = type(module).__mro__[2]
         yield
     finally:
@@ -297,14 +232,25 @@ def dense_weights(model: nn.Module) -> Iterator[None]:
     """
     try:
         with torch.no_grad():
-            for _, module, weights in adapted_modules(model):
-                for leaf, weight in weights.items():
-                    weight.dense = value_of(module, leaf).detach()
+            for module, leaf, weight in weights_of(model):
+                weight.dense = value_of(module, leaf).detach()
         yield
     finally:
-        for _, module, weights in adapted_modules(model):
-            for weight in weights.values():
-                weight.dense = None
+        for *_, weight in weights_of(model):
+            weight.dense = None
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Every weight is its base alone, bit for bit, whatever adapter is active; gradients' marks stay as they are."""
+    before = [(weight, weight.active) for *_, weight in weights_of(model)]
+    try:
+        for weight, _ in before:
+            weight.active = None
+        yield
+    finally:
+        for weight, active in before:
+            weight.active = active
 
 
 def merged(model: nn.Module) -> nn.Module:
@@ -312,43 +258,11 @@ def merged(model: nn.Module) -> nn.Module:
     new = copy.deepcopy(model)
     unbind(new)
     for _, module, weights in list(adapted_modules(new)):
-        values = {}
         with torch.no_grad():
-            for leaf in weights:
-                values[leaf] = value_of(module, leaf).detach().clone()
+            values = {leaf: value_of(module, leaf).detach().clone() for leaf in weights}
         for leaf, value in values.items():
-            module._modules.pop(leaf, None)
-            prefix = "" if leaf == "weight" else f"{leaf}_"
-            for factor in ("A", "B"):
-                module._modules.pop(f"{prefix}lora_{factor}", None)
-            _put(module, leaf, nn.Parameter(value, requires_grad=False), weights[leaf].position)
+            _strip(module, leaf)
+            put(module, leaf, nn.Parameter(value, requires_grad=False), weights[leaf].position)
         del module.__dict__[_STATE]
         module.__class__ = type(module).__mro__[2]
     return new
-
-
-def load_factors(model: nn.Module, factors_of: Mapping[str, tuple[torch.Tensor, torch.Tensor, float]], adapter: str = "default") -> None:
-    """Copy (A, B, alpha) into the adapters of the named weights, all or nothing.
-
-    Raises:
-        DataError: if the weights are not exactly the model's adapted ones, or a shape or scale differs.
-    """
-    mine = {weight.name: (module, leaf, weight) for _, module, weights in adapted_modules(model) for leaf, weight in weights.items()
-            if adapter in weight.adapters}
-    extra, missing = sorted(factors_of.keys() - mine.keys()), sorted(mine.keys() - factors_of.keys())
-    if extra or missing:
-        raise DataError(f"the adapter's weights are not the model's: {len(extra)} unknown, {len(missing)} missing",
-                        where=", ".join((extra + missing)[:4]), do="optimize the model with the adapter's own targets")
-    for name, (a, b, alpha) in factors_of.items():
-        module, leaf, weight = mine[name]
-        fact = weight.adapters[adapter]
-        for have, given in zip(factors(module, leaf, adapter), (a, b)):
-            if have.shape != given.shape:
-                raise DataError(f"{name}: the adapter is {tuple(given.shape)}, the model's is {tuple(have.shape)}", do=f"optimize with lora(rank={a.shape[0]})")
-        if abs(alpha - fact.alpha) > 1e-9 * max(abs(alpha), 1.0):
-            raise DataError(f"{name}: the adapter was trained with alpha {alpha}, the model has alpha {fact.alpha}", do=f"optimize with lora(alpha={alpha})")
-    with torch.no_grad():
-        for name, (a, b, _) in factors_of.items():
-            module, leaf, _weight_ = mine[name]
-            for have, given in zip(factors(module, leaf, adapter), (a, b)):
-                have.copy_(given)

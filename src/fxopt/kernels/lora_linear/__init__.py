@@ -1,38 +1,53 @@
-"""`fxopt::lora_linear`: reference.py (plain form), body.py (ATen), cases.py (test inputs)."""
+"""`fxopt::lora_linear`: reference.py (plain form), body.py (ATen), grouping.py (which tensor belongs to which sibling), cases.py
+(test inputs)."""
 
 from fxopt.kernels.lora_linear import body, reference
 from fxopt.kernels.op import FusedOp, Kernel, register
 
 _BACKWARD = Kernel(
-    "lora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor? bias, Tensor? absmax, SymInt[] shape, "
-    "Tensor lora_a, Tensor lora_b, Tensor low, float scale, bool transposed, bool[5] output_mask) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "lora_linear_backward(Tensor?[] dys, Tensor? x, Tensor[] bases, str[] formats, SymInt[] shapes, Tensor[] biases, "
+    "Tensor[] lora_a, Tensor[] lora_b, Tensor low, float[] scales, bool transposed, float dropout, Tensor? seeds, "
+    "bool[] output_mask) -> Tensor[]",
     body=body.backward,
     fake=body.backward_fake,
 )
 
 
-def _vjp(ctx, dy):
-    if dy is None:
-        return (None,) * 9
-    x, weight, bias, absmax, lora_a, lora_b, low = ctx.saved_tensors
+def _vjp(ctx, *dys):
     needs = ctx.needs_input_grad
-    mask = [needs[0], needs[1], needs[2], needs[5], needs[6]]
-    dx, dweight, dbias, da, db = _BACKWARD.overload(
-        dy, x, weight, bias, absmax, ctx.shape, lora_a, lora_b, low, ctx.scale, ctx.transposed, mask
-    )
-    return dx, dweight, dbias, None, None, da, db, None, None
+    bases, biases, siblings = ctx.counts
+    lists = [None, [None] * bases, None, None, [None] * biases, [None] * siblings, [None] * siblings, None, None, None, None]
+    if all(dy is None for dy in dys):
+        return tuple(lists)
+    x, low, *rest = ctx.saved_tensors
+    parts, rest = rest[:bases], rest[bases:]
+    added, rest = rest[:biases], rest[biases:]
+    a, b, seeds = rest[:siblings], rest[siblings : 2 * siblings], rest[2 * siblings]
+    # the first part of a base is its weight where it is dense; only dense weights take a gradient
+    places = ctx.first_parts
+    weights = [bool(needs[1][place]) for place in places]
+    mask = [needs[0], *weights, *(needs[4] or []), *needs[5], *needs[6]]
+    grads = iter(_BACKWARD.overload(
+        list(dys), x, parts, ctx.formats, ctx.shapes, added, a, b, low, ctx.scales, ctx.transposed, ctx.dropout, seeds, mask))
+    taken = iter([next(grads) if on else None for on in mask])
+    lists[0] = next(taken)
+    for place in places:
+        lists[1][place] = next(taken)
+    for position, count in ((4, biases), (5, siblings), (6, siblings)):
+        lists[position] = [next(taken) for _ in range(count)]
+    return tuple(lists)
 
 
 OP = register(
     FusedOp(
         forward=Kernel(
-            "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? absmax, SymInt[] shape, Tensor lora_a, "
-            "Tensor lora_b, float scale, bool transposed) -> (Tensor, Tensor)",
+            "lora_linear(Tensor x, Tensor[] bases, str[] formats, SymInt[] shapes, Tensor[] biases, Tensor[] lora_a, "
+            "Tensor[] lora_b, float[] scales, bool transposed, float dropout, Tensor? seeds) -> Tensor[]",
             body=body.forward,
             fake=body.forward_fake,
         ),
         reference=reference.lora_linear,
+        outputs=-1,
         backward=_BACKWARD,
         setup_context=body.setup_context,
         vjp=_vjp,

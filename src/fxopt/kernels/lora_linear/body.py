@@ -1,114 +1,170 @@
-"""A linear layer with a low-rank adapter: two small products added in place to the base product.
+"""Linear layers that read one x, each with a low-rank adapter.
 
-The plain form writes the adapter's output, its scaled copy and the sum, six passes over [rows, out];
-here the adapter is one `addmm_` into the base output. Backward saves x, x A^T and no dense copy of a
-quantized weight, and multiplies from the small side.
+The plain form writes each adapter's output, its scaled copy and the sum, six passes over [rows, out], reads x twice a layer,
+and adds up dx in as many passes as there are layers. Here x A^T is one product for all siblings, an adapter is one `addmm_`
+into the base output, and dx is one product or accumulates inside the products. Backward saves x, x A^T and no dense copy of a
+quantized weight, and multiplies from the small side. W^T dY of a frozen weight is never formed.
 """
 
 from __future__ import annotations
 
 import torch
 
+from fxopt.kernels import dropout as dropouts
 from fxopt.kernels import linear
 from fxopt.kernels.blocks import as_rows, rows_of
+from fxopt.kernels.lora_linear.grouping import first_parts, siblings
 
 
-def forward(x, weight, bias, absmax, shape, lora_a, lora_b, scale, transposed):
-    """y = x W^T + bias + scale (x A^T) B^T.
+def forward(x, bases, formats, shapes, biases, lora_a, lora_b, scales, transposed, dropout, seeds):
+    """y_i = x W_i^T + bias_i + scale_i (drop(x) A_i^T) B_i^T for each sibling i of n.
 
     Args:
         x: [..., in], fp16, bf16, fp32 or fp64.
-        weight: dense [out, in] ([in, out] if transposed) in x's dtype when absmax is None, else the
-            uint8 codes of NF4.
-        bias: [out] or None. absmax: None, or fp32 scales of NF4. shape: dense shape of an NF4
-            weight; ignored for a dense one.
-        lora_a: [r, in]. lora_b: [out, r]. Either x's dtype or a wider one; the adapter is computed
-            in theirs. scale: alpha / r.
-        transposed: y = x W + bias, for weights stored as [in, out].
+        bases: the parts of all stored weights, one after the other. formats: n names (see kernels/formats). shapes: the dense
+            shape of each, 2 n numbers: [out, in], or [in, out] if transposed. A dense base is in x's dtype.
+        biases: none, or n of [out].
+        lora_a: n of [r, in]. lora_b: n of [out, r]. Either x's dtype or a wider one; the adapter is computed in theirs.
+        scales: n numbers, alpha / r. transposed: y = x W + bias, for weights stored as [in, out].
+        dropout: probability of a zero in the adapters' input, in [0, 1). seeds: int64 [n], or None without dropout: the mask
+            is a function of the seed (kernels/dropout.py), so that backward and recomputation see the same one.
 
     Returns:
-        y: [..., out] in x's dtype; with lora_b = 0 equal to the base layer bit for bit.
-        low: [..., r] = x A^T in lora_a's dtype, kept for the gradient of lora_b.
+        a list: y_1 ... y_n, each [..., out_i] in x's dtype, with lora_b = 0 equal to the base layer bit for bit; then
+        low: [..., r_1 + ... + r_n], the drop(x) A^T in the adapters' dtype, kept for the gradients of lora_b.
 
     Raises:
-        CheckError, RuntimeError: x does not fit the weight or the adapter.
+        CheckError, RuntimeError: x does not fit a weight or an adapter; the lists do not fit each other.
 
     Source: Hu et al., 2021, https://arxiv.org/abs/2106.09685.
     """
-    _check(x, weight, absmax, shape, lora_a, lora_b, transposed)
-    y = linear.apply(x, linear.dense(weight, absmax, shape, x.dtype), bias, transposed)
-    rows, out = as_rows(x), y.view(rows_of(x), y.shape[-1])
-    low = rows.to(lora_a.dtype).mm(lora_a.t())
-    if out.dtype == low.dtype:
-        out.addmm_(low, lora_b.t(), alpha=scale)
-    else:
-        out.add_(low.mm(lora_b.t()), alpha=scale)
-    return y, low.view(*x.shape[:-1], low.shape[1])
+    group = siblings(x, bases, formats, shapes, biases, lora_a, lora_b, scales, transposed)
+    rows = as_rows(x)
+    low = _shrink(rows.to(lora_a[0].dtype), group, dropout, seeds)
+    ys = []
+    for each in group:
+        y = linear.apply(x, each.dense(x.dtype), each.bias, transposed)
+        out, part = y.view(rows_of(x), y.shape[-1]), low[:, each.columns]
+        if out.dtype == part.dtype:
+            out.addmm_(part, each.b.t(), alpha=each.scale)
+        else:
+            out.add_(part.mm(each.b.t()), alpha=each.scale)
+        ys.append(y)
+    return [*ys, low.view(*x.shape[:-1], low.shape[1])]
 
 
-def _check(x, weight, absmax, shape, lora_a, lora_b, transposed):
-    linear.check(x, weight, absmax, shape, transposed)
-    outputs = linear.out_features(weight, absmax, shape, transposed)
-    torch._check(
-        lora_a.shape[1] == x.shape[-1] and lora_b.shape[0] == outputs and lora_a.shape[0] == lora_b.shape[1],
-        lambda: f"lora_a {tuple(lora_a.shape)}, lora_b {tuple(lora_b.shape)}: need [r, {x.shape[-1]}], [{outputs}, r]",
-    )
-    torch._check(lora_a.dtype == lora_b.dtype, lambda: f"lora_a is {lora_a.dtype} and lora_b is {lora_b.dtype}")
+def _shrink(rows, group, dropout, seeds):
+    """drop(x) A^T of all siblings, [rows, sum of r]: one product where they see the same x."""
+    if not dropout:
+        return rows.mm(_together([each.a for each in group]).t())
+    return torch.cat([(rows * _mask(seeds, i, rows, dropout)).mm(each.a.t()) for i, each in enumerate(group)], dim=1)
 
 
-def forward_fake(x, weight, bias, absmax, shape, lora_a, lora_b, scale, transposed):
-    _check(x, weight, absmax, shape, lora_a, lora_b, transposed)
-    return (
-        x.new_empty((*x.shape[:-1], lora_b.shape[0])),
-        x.new_empty((*x.shape[:-1], lora_a.shape[0]), dtype=lora_a.dtype),
-    )
+def _mask(seeds, i, rows, dropout):
+    return dropouts.mask(seeds[i], *rows.shape, dropout, rows.dtype)
 
 
-def backward(dy, x, weight, bias, absmax, shape, lora_a, lora_b, low, scale, transposed, output_mask):
-    """Gradients of `lora_linear`. With u = scale dy B [rows, r]:
+def _together(matrices):
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
-    dx = dy W + u A, dA = u^T x, dB = scale dy^T low, dW = dy^T x, dbias = sum of dy over rows.
-    dW costs as much as the whole forward; it is formed only under the mask.
+
+def forward_fake(x, bases, formats, shapes, biases, lora_a, lora_b, scales, transposed, dropout, seeds):
+    group = siblings(x, bases, formats, shapes, biases, lora_a, lora_b, scales, transposed)
+    ys = [x.new_empty((*x.shape[:-1], each.b.shape[0])) for each in group]
+    return [*ys, x.new_empty((*x.shape[:-1], sum(each.a.shape[0] for each in group)), dtype=lora_a[0].dtype)]
+
+
+def backward(dys, x, bases, formats, shapes, biases, lora_a, lora_b, low, scales, transposed, dropout, seeds, output_mask):
+    """Gradients of `lora_linear`. With u_i = scale_i dy_i B_i [rows, r]:
+
+    dx = sum of dy_i W_i + (u_i A_i) mask_i, dA_i = u_i^T drop(x), dB_i = scale_i dy_i^T low_i, dW_i = dy_i^T x,
+    dbias_i = sum of dy_i over rows. dW costs as much as the whole forward; it is formed only under the mask.
 
     Args:
-        dy: [..., out], any strides. x: None where neither dA nor dW is asked for. bias: for its
-            dtype. output_mask: (dx, dweight, dbias, dlora_a, dlora_b).
+        dys: n of [..., out_i], any strides; None where nothing read y_i. x: None where neither dA nor dW is asked for.
+        biases: for their dtype. output_mask: dx, then n dW, dbias (as many as biases), n dA, n dB.
 
     Returns:
-        the five gradients, each in its input's dtype, None where the mask is off.
+        a list of the gradients that the mask asks for, in its order, each in its input's dtype.
     """
-    want_x, want_weight, want_bias, want_a, want_b = output_mask
-    grads = as_rows(dy)
+    group = siblings(None, bases, formats, shapes, biases, lora_a, lora_b, scales, transposed)
+    count = len(group)
+    want_x, *rest = output_mask
+    want_w, rest = rest[:count], rest[count:]
+    want_bias, rest = rest[: len(biases)], rest[len(biases) :]
+    want_a, want_b = rest[:count], rest[count:]
+    some = next(dy for dy in dys if dy is not None)
+    grads = [None if dy is None else as_rows(dy) for dy in dys]
     rows = None if x is None else as_rows(x)
-    adapter_grads = grads.to(lora_a.dtype)
-    dx = dweight = dbias = da = db = None
-    if want_x or want_a:
-        up = adapter_grads.mm(lora_b).mul_(scale)
-    if want_a:
-        da = up.t().mm(rows.to(up.dtype))
-    if want_b:
-        db = adapter_grads.t().mm(low.reshape(grads.shape[0], low.shape[-1])).mul_(scale)
+    lows = low.reshape(rows_of(some), low.shape[-1])
+    ups = [None if grad is None or not (want_x or a) else grad.to(each.b.dtype).mm(each.b).mul_(each.scale)
+           for grad, each, a in zip(grads, group, want_a, strict=True)]
+    found = []
     if want_x:
-        dx = linear.pull_back(grads, linear.dense(weight, absmax, shape, dy.dtype), transposed)
-        if dx.dtype == up.dtype:
-            dx.addmm_(up, lora_a)
-        else:
-            dx.add_(up.mm(lora_a))
-        dx = dx.view(*dy.shape[:-1], dx.shape[1])
-    if want_weight:
-        dweight = linear.weight_gradient(grads, rows, transposed)
-    if want_bias:
-        dbias = linear.bias_gradient(grads, bias.dtype)
-    return dx, dweight, dbias, da, db
+        dx = _pull_back(grads, ups, group, transposed, dropout, seeds)
+        found.append(dx.view(*some.shape[:-1], dx.shape[1]))
+    for i, each in enumerate(group):
+        if want_w[i]:
+            found.append(torch.zeros_like(each.base[0]) if grads[i] is None else linear.weight_gradient(grads[i], rows, transposed))
+    for i, want in enumerate(want_bias):
+        if want:
+            found.append(torch.zeros_like(biases[i]) if grads[i] is None else linear.bias_gradient(grads[i], biases[i].dtype))
+    wide = None if rows is None else rows.to(lora_a[0].dtype)
+    for i, each in enumerate(group):
+        if want_a[i]:
+            found.append(torch.zeros_like(each.a) if ups[i] is None else
+                         ups[i].t().mm(wide * _mask(seeds, i, wide, dropout) if dropout else wide))
+    for i, each in enumerate(group):
+        if want_b[i]:
+            found.append(torch.zeros_like(each.b) if grads[i] is None else
+                         grads[i].to(low.dtype).t().mm(lows[:, each.columns]).mul_(each.scale))
+    return found
 
 
-def backward_fake(dy, x, weight, bias, absmax, shape, lora_a, lora_b, low, scale, transposed, output_mask):
-    dx = dy.new_empty((*dy.shape[:-1], lora_a.shape[1])) if output_mask[0] else None
-    rest = zip((weight, bias, lora_a, lora_b), output_mask[1:], strict=True)
-    return dx, *(part.new_empty(part.shape) if on else None for part, on in rest)
+def _pull_back(grads, ups, group, transposed, dropout, seeds):
+    """dx, [rows, in]: of the siblings whose output was used."""
+    used = [(grad, up, each, i) for i, (grad, up, each) in enumerate(zip(grads, ups, group, strict=True)) if grad is not None]
+    some, rank_dtype = used[0][0], used[0][1].dtype
+    matrices = [each.dense(some.dtype) for _, _, each, _ in used]
+    sides = [matrix.t() if transposed else matrix for matrix in matrices]  # each [out, in]
+    width, total = sides[0].shape[1], sum(side.shape[0] for side in sides)
+    if len(used) > 1 and not dropout and rank_dtype == some.dtype and joined(some.shape[0], width, total, len(used)):
+        # [dy_1 ... dy_n u_1 ... u_n] [W_1 ... W_n A_1 ... A_n]: one product
+        left = torch.cat([grad for grad, *_ in used] + [up for _, up, *_ in used], dim=1)
+        return left.mm(torch.cat([*sides, *(each.a for _, _, each, _ in used)]))
+    dx = None
+    for (grad, *_), side in zip(used, sides, strict=True):
+        dx = grad.mm(side) if dx is None else dx.addmm_(grad, side)
+    if dropout:
+        for _, up, each, i in used:
+            dx.add_(up.mm(each.a).mul_(dropouts.mask(seeds[i], some.shape[0], width, dropout, up.dtype)))
+        return dx
+    up, a = torch.cat([up for _, up, *_ in used], dim=1), _together([each.a for _, _, each, _ in used])
+    return dx.addmm_(up, a) if up.dtype == dx.dtype else dx.add_(up.mm(a))
+
+
+def joined(rows, width, total, count):
+    """Whether one product over joined operands moves less memory than products that accumulate in dx.
+
+    Joining copies `total` (the sum of all outputs) rows of the weights and columns of the gradients; accumulating reads and
+    writes dx [rows, width] once more for each further sibling.
+    """
+    return total * (width + rows) < (count - 1) * rows * width
+
+
+def backward_fake(dys, x, bases, formats, shapes, biases, lora_a, lora_b, low, scales, transposed, dropout, seeds, output_mask):
+    some = next(dy for dy in dys if dy is not None)
+    places = first_parts(formats)
+    like = [*(bases[place] for place in places), *biases, *lora_a, *lora_b]
+    found = [some.new_empty((*some.shape[:-1], lora_a[0].shape[1]))] if output_mask[0] else []
+    return found + [part.new_empty(part.shape) for part, on in zip(like, output_mask[1:], strict=True) if on]
 
 
 def setup_context(ctx, inputs, output):
-    x, weight, bias, absmax, ctx.shape, lora_a, lora_b, ctx.scale, ctx.transposed = inputs
-    needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[5]
-    ctx.save_for_backward(x if needs_x else None, weight, bias, absmax, lora_a, lora_b, output[1])
+    x, bases, ctx.formats, ctx.shapes, biases, lora_a, lora_b, ctx.scales, ctx.transposed, ctx.dropout, seeds = inputs
+    ctx.counts, ctx.first_parts = (len(bases), len(biases), len(lora_a)), first_parts(ctx.formats)
+    # needs_input_grad lies flat here: x, each base, formats, shapes, each bias, each lora_a, ...
+    flat = ctx.needs_input_grad
+    start = 3 + len(bases) + len(biases)
+    needs_x = any(flat[1 : 1 + len(bases)]) or any(flat[start : start + len(lora_a)])
+    ctx.save_for_backward(x if needs_x else None, output[-1], *bases, *biases, *lora_a, *lora_b, seeds)

@@ -8,31 +8,57 @@ import torch
 from hypothesis import strategies as st
 
 from fxopt.kernels.cases import HIDDEN, MLP, RANK, TOKENS, dtypes, leading, normal, seeds, subset, tensors
-from fxopt.kernels.nf4.reference import quantize
+from fxopt.kernels.formats import named
+from fxopt.kernels.lora_linear.grouping import first_parts
 from fxopt.kernels.op import Case
+
+FORMATS = ("dense", "nf4")
 
 
 @st.composite
 def cases(draw):
-    dtype, transposed, quantized = draw(dtypes()), draw(st.booleans()), draw(st.booleans())
+    dtype, transposed, count = draw(dtypes()), draw(st.booleans()), draw(st.integers(1, 3))
     adapter = draw(st.sampled_from((dtype, torch.float32))) if dtype == torch.bfloat16 else dtype
-    features, outputs = draw(st.sampled_from((1, 5, 32, 65))), draw(st.sampled_from((1, 3, 24)))
-    rank = draw(st.sampled_from((1, 2, 8)))
-    shape = [features, outputs] if transposed else [outputs, features]
+    features, biased = draw(st.sampled_from((1, 5, 32, 65))), draw(st.booleans())
+    dropout = draw(st.sampled_from((0.0, 0.0, 0.5)))
     x = draw(tensors((*draw(leading()), features), dtype))
-    weight, absmax = draw(tensors(tuple(shape), dtype)), None
-    if quantized:
-        weight, absmax = quantize(weight)
-    bias = draw(st.none() | tensors((outputs,), dtype))
-    lora_a, lora_b = draw(tensors((rank, features), adapter)), draw(tensors((outputs, rank), adapter))
-    args = (x, weight, bias, absmax, shape, lora_a, lora_b, draw(st.sampled_from((1.0, 0.25, 2.0))), transposed)
-    places = (0, 5, 6) + (() if quantized else (1,)) + (() if bias is None else (2,))
-    return Case(args, draw(subset(places)), draw(st.booleans()), draw(seeds()))
+    bases, formats, shapes, biases, lora_a, lora_b, scales = [], [], [], [], [], [], []
+    for _ in range(count):
+        outputs, rank = draw(st.sampled_from((1, 3, 24))), draw(st.sampled_from((1, 2, 8)))
+        shape, name = [features, outputs] if transposed else [outputs, features], draw(st.sampled_from(FORMATS))
+        bases += named(name).quantize(draw(tensors(tuple(shape), dtype)))
+        formats.append(name)
+        shapes += shape
+        biases += [draw(tensors((outputs,), dtype))] if biased else []
+        lora_a.append(draw(tensors((rank, features), adapter)))
+        lora_b.append(draw(tensors((outputs, rank), adapter)))
+        scales.append(draw(st.sampled_from((1.0, 0.25, 2.0))))
+    seed = torch.arange(7, 7 + count) if dropout else None
+    case = packed(x, bases, formats, shapes, biases, lora_a, lora_b, scales, transposed, dropout, seed)
+    trained = [1 + place for place, name in zip(first_parts(formats), formats, strict=True) if name == "dense"]
+    start = 3 + len(bases)
+    places = (0, *trained, *range(start, start + len(biases) + 2 * count))
+    return Case(case.args, draw(subset(places)), draw(st.booleans()), draw(seeds()), case.lists)
+
+
+def packed(x, bases, formats, shapes, biases, lora_a, lora_b, scales, transposed, dropout, seed, grads=()) -> Case:
+    """A case of these arguments, its lists of tensors open."""
+    args: list[object] = [x]
+    lists = []
+    for group in (bases, formats, shapes, biases, lora_a, lora_b):
+        if group is formats or group is shapes:
+            args.append(group)
+            continue
+        lists.append((len(args), len(args) + len(group)))
+        args += group
+    return Case((*args, scales, transposed, dropout, seed), grads, lists=tuple(lists))
 
 
 def rows() -> Iterator[tuple[str, Case]]:
-    """(label, call) at the sizes of `kernels/cases.py`."""
-    x, weight = normal(TOKENS, HIDDEN), normal(MLP, HIDDEN, scale=0.02, seed=1)
-    adapter = (normal(RANK, HIDDEN, scale=0.04, seed=2), normal(MLP, RANK, scale=0.01, seed=3), 2.0, False)
-    for label, base, absmax in (("dense base", weight, None), ("NF4 base", *quantize(weight))):
-        yield label, Case((x, base, None, absmax, [MLP, HIDDEN], *adapter), (0, 5, 6))
+    """A layer and two siblings of a gated unit, on a dense and on an NF4 base."""
+    for label, name, count in (("dense base", "dense", 1), ("NF4 base", "nf4", 1), ("two siblings, NF4 base", "nf4", 2)):
+        bases = [part for i in range(count) for part in named(name).quantize(normal(MLP, HIDDEN, scale=0.02, seed=i))]
+        a, b = ([normal(*size, scale=scale, seed=i) for i in range(count)] for size, scale in (((RANK, HIDDEN), 0.04), ((MLP, RANK), 0.01)))
+        start = 3 + len(bases)
+        yield label, packed(normal(TOKENS, HIDDEN), bases, [name] * count, [MLP, HIDDEN] * count, [], a, b, [2.0] * count, False, 0.0, None,
+                            (0, *range(start, start + 2 * count)))

@@ -1,6 +1,6 @@
-"""A linear layer with a low-rank adapter in plain PyTorch.
+"""Linear layers with low-rank adapters in plain PyTorch.
 
-LoRA: Hu et al., 2021, https://arxiv.org/abs/2106.09685; on an NF4 base: Dettmers et al., 2023,
+LoRA: Hu et al., 2021, https://arxiv.org/abs/2106.09685; on a quantized base: Dettmers et al., 2023,
 https://arxiv.org/abs/2305.14314.
 """
 
@@ -9,19 +9,25 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fxopt.kernels.nf4.reference import dequantize
+from fxopt.kernels import dropout as dropouts
+from fxopt.kernels.formats import named
+from fxopt.kernels.lora_linear.grouping import first_parts
 
 PATTERNS = ()  # The adapter pass makes it, out of linear layers.
 
 
-def lora_linear(x, weight, bias, absmax, shape, lora_a, lora_b, scale, transposed):
-    """Same arguments as `fxopt::lora_linear`; returns (y,)."""
-    if absmax is not None:
-        (weight,) = dequantize(weight, absmax, shape, x.dtype)
-    if transposed:
-        base = torch.matmul(x, weight)
-        base = base if bias is None else base + bias
-    else:
-        base = F.linear(x, weight, bias)
-    low = F.linear(F.linear(x.to(lora_a.dtype), lora_a), lora_b)
-    return ((base + scale * low).to(x.dtype),)
+def lora_linear(x, bases, formats, shapes, biases, lora_a, lora_b, scales, transposed, dropout, seeds):
+    """Same arguments as `fxopt::lora_linear`; returns (y of each sibling)."""
+    ys = []
+    places = [*first_parts(formats), len(bases)]
+    for i, name in enumerate(formats):
+        weight = named(name).reference(bases[places[i] : places[i + 1]], shapes[2 * i : 2 * i + 2], x.dtype)
+        base = torch.matmul(x, weight if transposed else weight.t())
+        base = base + biases[i] if biases else base
+        kept = x.to(lora_a[i].dtype)
+        if dropout:
+            mask = dropouts.mask(seeds[i], x.shape[:-1].numel(), x.shape[-1], dropout, kept.dtype)
+            kept = kept * mask.view(x.shape)
+        low = F.linear(F.linear(kept, lora_a[i]), lora_b[i])
+        ys.append((base + scales[i] * low).to(x.dtype))
+    return tuple(ys)
