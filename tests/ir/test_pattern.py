@@ -7,7 +7,8 @@ import torch
 from zoo import Captured, data, function, weight
 
 from fxopt.errors import PassError
-from fxopt.ir.pattern import Match, Matcher, Near, trace
+from fxopt.ir.pattern import Match, Matcher, Near
+from fxopt.ir.template import trace
 
 
 def norm(x, w, *, eps):
@@ -156,6 +157,26 @@ def test_sizes_are_compared_in_the_proof() -> None:
 
     match(repeat, times(7))
     assert "other arguments" in reasons(repeat, times(6))
+
+
+SPLIT = Matcher(lambda x: torch.relu(x).reshape(*x.shape[:-1], -1, 2).unsqueeze(1) * 3, {"x": (3, 22)})
+SAME_SPLIT = {
+    "view": lambda x: x.view(3, 4, 2),
+    "unflatten": lambda x: x.unflatten(-1, (-1, 2)),
+    "flatten": lambda x: x.view(3, 4, 2, 1).flatten(2),
+}
+
+
+@pytest.mark.parametrize("name", SAME_SPLIT)
+def test_another_way_to_the_same_shape(name: str) -> None:
+    split = SAME_SPLIT[name]
+    matches = [result for result in found(SPLIT, function(lambda x, w: split(torch.relu(w)).view(3, 1, 4, 2) * 3 + x.sum(), X, w=weight(3, 8))) if isinstance(result, Match)]
+    assert len(matches) == (name != "flatten")  # two steps to the shape are two operators
+
+
+def test_another_shape_is_refused() -> None:
+    for other in (lambda x: x.view(3, 2, 4).unsqueeze(1), lambda x: x.view(3, 4, 2).unsqueeze(0)):
+        assert "another type" in reasons(SPLIT, function(lambda x, w: other(torch.relu(w)) * 3 + x.sum(), X, w=weight(3, 8)))
 
 
 def test_inputs_that_the_pattern_does_not_take() -> None:

@@ -190,6 +190,97 @@ def test_trained_tables_stay() -> None:
     assert not ops(captured) and "the tables are trained" in captured.misses
 
 
+# -- rotations in other forms ----------------------------------------------------------------------------------------
+
+
+def turns(*shape: int) -> torch.Tensor:
+    """Unit complex numbers."""
+    return torch.polar(torch.ones(shape), torch.rand(shape, generator=torch.Generator().manual_seed(3)))
+
+
+def as_complex(q, turns, pairs=lambda x: x.reshape(*x.shape[:-1], -1, 2), flat=lambda x: x.flatten(-2)):
+    return flat(torch.view_as_real(torch.view_as_complex(pairs(q.float())) * turns)).type_as(q)
+
+
+SHAPES = {
+    "reshape": lambda x: x.reshape(*x.shape[:-1], -1, 2),
+    "view": lambda x: x.view(*x.shape[:-1], -1, 2),
+    "unflatten": lambda x: x.unflatten(-1, (-1, 2)),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_complex_rotations_of_queries_and_keys_are_one_op(shape: str, dtype: torch.dtype) -> None:
+    def both(x, q, k, t):
+        return as_complex(q, t, SHAPES[shape]) + x.sum(), as_complex(k, t, SHAPES[shape], lambda y: y.reshape(*y.shape[:-2], 8))
+
+    q, k = (weight(2, heads, 5, 8, dtype=dtype, seed=heads) for heads in (4, 2))
+    captured = fused(both, X, q=q, k=k, t=turns(1, 1, 5, 4))
+    got = only(captured, "rope")
+    assert (got["q"].target, got["k"].target, got["interleaved"], got["half_tables"]) == ("q", "k", True, True)
+    assert len(captured.calls("view_as_real")) == 1 and not captured.calls("view_as_complex")
+
+
+def test_a_conjugate_rotation_stays() -> None:
+    assert not ops(fused(lambda x, q, t: as_complex(q, t.conj()) + x.sum() + as_complex(q, t + 1).sum(), X, q=Q, t=turns(5, 4).requires_grad_()))
+
+
+def test_pairs_that_become_halves() -> None:
+    def rotate(q, cos, sin):
+        first, second = q[..., 0::2], q[..., 1::2]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    tables = {name: table[..., :4].contiguous() for name, table in TABLES.items()}
+    def both(x, q, k, cos, sin):
+        turned = rotate(q, cos, sin), rotate(k, cos, sin)
+        return turned[0] + x.sum(), turned[1]
+
+    got = only(fused(both, X, q=Q, k=K, **tables), "rope")
+    assert str(got["q"].target) == "aten.cat.default" and got["half_tables"] and not got["interleaved"]
+
+
+LOW = {"q": weight(2, 4, 5, 8, dtype=torch.bfloat16), "k": weight(2, 2, 5, 8, dtype=torch.bfloat16, seed=1)}
+
+
+def test_low_precision_times_wider_tables_is_wide() -> None:
+    captured = fused(lambda x, q, cos, sin: rope_of(q, cos, sin) + x.sum(), X, q=LOW["q"], **TABLES)
+    got = only(captured, "rope")
+    assert str(got["q"].target) == "aten.to.dtype" and got["q"].args[0].target == "q"
+
+
+def test_a_result_that_is_cast_back_needs_no_wide_copy() -> None:
+    def both(x, q, k, cos, sin):
+        return rope_of(q, cos, sin).to(q.dtype) + x.sum(), rope_of(k, cos, sin).to(k.dtype)
+
+    captured = fused(both, X, **LOW, **TABLES)
+    got = only(captured, "rope")
+    assert (got["q"].target, got["k"].target) == ("q", "k") and not captured.calls("to")
+
+
+def test_a_wide_result_that_others_read_stays_wide() -> None:
+    def kept(x, q, cos, sin):
+        turned = rope_of(q, cos, sin)
+        return turned.to(q.dtype) + x.sum(), turned
+
+    assert only(fused(kept, X, q=LOW["q"], **TABLES), "rope")["q"].target != "q"
+
+
+def test_columns_that_are_joined_after_widening() -> None:
+    def joined(x, q, cos, sin):
+        turned = rope_of(q[..., :8], cos, sin)
+        return torch.cat((turned, q[..., 8:].to(turned.dtype)), dim=-1).to(q.dtype) + x.sum()
+
+    def promoted(x, q, cos, sin):
+        return torch.cat((rope_of(q[..., :8], cos, sin), q[..., 8:]), dim=-1).to(q.dtype) + x.sum()
+
+    q = weight(2, 4, 5, 12, dtype=torch.bfloat16)
+    assert only(fused(promoted, X, q=q, **TABLES), "rope")["q"].target == "q"
+    assert ops(fused(joined, X, q=q, **TABLES)) == {"rope": 1}
+
+
+# -- near-misses -----------------------------------------------------------------------------------------------------
+
 NEAR = {
     "exponent": (lambda x, w: rms(x, w, power=3), "has 3 where the pattern has 2"),
     "dimension": (lambda x, w: rms(x, w, dim=1), "has -2 where the pattern has -1"),

@@ -12,7 +12,6 @@ So no literal is ever accepted because it looks like another, and one function s
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,12 +20,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from fxopt.errors import PassError
 from fxopt.ir import meta
-from fxopt.ir.edit import Edit, copy_graph, effectful
-from fxopt.ir.index import called, full_arguments, static
-from fxopt.ir.normal import normalize
-from fxopt.ir.program import Program, Signature
+from fxopt.ir.index import called, full_arguments
+from fxopt.ir.template import Sizes, Template, trace
 
 aten = torch.ops.aten
 
@@ -34,61 +30,10 @@ CAST = aten.to.dtype
 COMMUTATIVE = frozenset({aten.mul.Tensor, aten.add.Tensor, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.eq.Tensor, aten.ne.Tensor,
                          aten.maximum.default, aten.minimum.default})
 _SIZES = ("size", "shape", "sizes")  # arguments that a sketch does not compare
-# Distinct stand-ins for dynamic sizes: primes, larger than the static sizes they could be mistaken for.
-_PRIMES = (7919, 7927, 7933, 7937, 7949, 7951, 7963, 7993, 8009, 8011, 8017, 8039)
-
-
-@dataclass(frozen=True)
-class Template:
-    """A traced function: its input nodes by name, its result, and how many operators it takes."""
-
-    inputs: Mapping[str, fx.Node]
-    output: fx.Node
-    size: int
-
-
+# Another shape for the same elements in the same order: which of these it is says nothing that the shape of the result does not.
+RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
+                      aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims})
 _TRAIL = None  # key of the operators matched so far, beside the names of inputs and scalars
-
-
-class _Function(torch.nn.Module):
-    def __init__(self, fn: Callable[..., torch.Tensor], scalars: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.fn, self.scalars = fn, dict(scalars)
-
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        return self.fn(*tensors, **self.scalars)
-
-
-@contextlib.contextmanager
-def without_autocast() -> Iterator[None]:
-    """Compute in the dtypes as written: passes may run inside the caller's autocast region."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
-
-
-def trace(fn: Callable[..., torch.Tensor], inputs: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> Template:
-    """The canonical graph of `fn(*inputs, **scalars)`.
-
-    Args:
-        fn: takes the tensors in order and the scalars by keyword; returns one tensor; draws no random numbers.
-        inputs: distinct tensors by name; only shapes and dtypes matter.
-    """
-    with without_autocast():
-        exported = torch.export.export(_Function(fn, scalars), tuple(inputs.values()), strict=False)
-    graph, _ = copy_graph(exported.graph)
-    first = next(iter(graph.nodes))
-    program = Program(graph, {}, Signature(exported.call_spec.in_spec, (), exported.call_spec.out_spec), meta.value(first).fake_mode)
-    edit = Edit(program, by="pattern")
-    while normalize(edit):
-        pass
-    nodes = edit.nodes
-    holders = [node for node in nodes if node.op == "placeholder"]
-    result = nodes[-1].args[0][0]
-    bad = [node for node in nodes[:-1] if node.op != "placeholder" and effectful(node)]
-    if bad or len(holders) != len(inputs) or not isinstance(result, fx.Node):
-        raise PassError(f"{fn.__name__} is no pattern: it must compute one tensor from its inputs", where=str(bad[0].target) if bad else None,
-                        do="write it without in-place and random operators")
-    return Template(dict(zip(inputs, holders)), result, sum(node.op == "call_function" for node in nodes))
 
 
 @dataclass(frozen=True)
@@ -129,21 +74,28 @@ class Matcher:
         fn: the function, see `trace`.
         shapes: example shape of each input; shapes that differ in the pattern are different.
         scalars: example value of each scalar; each occurs nowhere else as a literal.
+        dtypes: of the inputs that are not real floating-point numbers.
     """
 
     fn: Callable[..., torch.Tensor]
     shapes: Mapping[str, tuple[int, ...]]
     scalars: Mapping[str, Any] = field(default_factory=dict)
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.sketch = trace(self.fn, {name: torch.zeros(shape) for name, shape in self.shapes.items()}, self.scalars)
+        examples = {name: torch.zeros(shape, dtype=self.dtypes.get(name, torch.float32)) for name, shape in self.shapes.items()}
+        self.sketch = trace(self.fn, examples, self.scalars)
         self.proofs: dict[Any, Template | None] = {}
         self.names = {node: name for name, node in self.sketch.inputs.items()}
 
     @property
     def target(self) -> Any:
-        """What a node must call to be worth a look."""
+        """What the last operator calls."""
         return self.sketch.output.target
+
+    def worth(self, node: fx.Node) -> bool:
+        """Whether a node may be the last operator."""
+        return _alike(node, self.target)
 
     def at(self, node: fx.Node, accept: Accept = lambda inputs, scalars: None) -> Match | Near | None:
         """The match whose last operator, but for a cast, is `node`; the nearest miss; or None if nothing is alike.
@@ -181,7 +133,7 @@ class Matcher:
                     self._fail(env, value, f"the pattern reads {name} twice where this reads `{strip(reads[0]).name}` and `{base.name}`")
         elif isinstance(value, fx.Node):
             node = value if pattern.target is CAST else strip(value)
-            if not called(node, pattern.target):
+            if not _alike(node, pattern.target):
                 if node.op == "call_function":
                     self._fail(env, node, f"`{node.name}` calls {node.target}, not {pattern.target}")
                 return
@@ -229,12 +181,12 @@ class Matcher:
         if reason is not None:
             self._refuse(node, reason, everything, trail)
             return None
-        sizes = _Sizes()
+        sizes = Sizes()
         examples = {name: sizes.example(meta.tensor(source)) for name, source in inputs.items()}
         key = (tuple((tuple(t.shape), t.dtype) for t in examples.values()), tuple(sorted(scalars.items())))
         if key not in self.proofs:
             try:
-                self.fn(*(t.to("meta") for t in examples.values()), **scalars)
+                self.fn(*examples.values(), **scalars)
             except (RuntimeError, ValueError, TypeError, IndexError):
                 self.proofs[key] = None
             else:
@@ -262,6 +214,11 @@ class Matcher:
             self.near = Near(node, reason, score, trail)
 
 
+def _alike(node: fx.Node, target: Any) -> bool:
+    """Whether a node calls the target, or what is the same but for the shape of the result, which is compared by itself."""
+    return called(node, *RESHAPES) if target in RESHAPES else called(node, target)
+
+
 def strip(node: fx.Node) -> fx.Node:
     """The value before all casts."""
     while called(node, CAST):
@@ -284,6 +241,8 @@ def _bindings(env: Mapping[Any, Any], inputs: Mapping[str, Any]) -> Iterator[dic
 
 def _comparable(node: fx.Node) -> dict[str, Any]:
     """Arguments for a sketch: by name, dimensions counted from the end, sizes left out."""
+    if node.target in RESHAPES:
+        return {"self": node.args[0]}
     return {name: value for name, value in full_arguments(node).items() if name not in _SIZES}
 
 
@@ -316,31 +275,10 @@ def _shown(value: Any) -> str:
     return f"`{value.name}`" if isinstance(value, fx.Node) else repr(value)
 
 
-class _Sizes:
-    """Stand-ins for dynamic sizes: equal expressions get equal numbers."""
-
-    def __init__(self) -> None:
-        self.known: dict[str, int] = {}
-
-    def number(self, size: Any) -> int | None:
-        """The stand-in of a size; None if it is dynamic and does not occur in an input."""
-        fixed = static(size)
-        return self.known.get(str(size)) if fixed is None else fixed
-
-    def example(self, val: torch.Tensor) -> torch.Tensor:
-        """A tensor of the same rank, dtype and static sizes."""
-        for size in val.shape:
-            if static(size) is None and str(size) not in self.known:
-                if len(self.known) == len(_PRIMES):
-                    raise PassError(f"a pattern input has more than {len(_PRIMES)} dynamic sizes")
-                self.known[str(size)] = _PRIMES[len(self.known)]
-        return torch.empty(1, dtype=val.dtype).expand([self.number(size) for size in val.shape])
-
-
 class _Same:
     """Whether a program node computes exactly the expression of a template node."""
 
-    def __init__(self, bound: Mapping[fx.Node, fx.Node], sizes: _Sizes) -> None:
+    def __init__(self, bound: Mapping[fx.Node, fx.Node], sizes: Sizes) -> None:
         self.bound, self.sizes = bound, sizes
         self.nodes: dict[fx.Node, None] = {}
         self.done: dict[tuple[fx.Node, fx.Node], bool] = {}
@@ -368,9 +306,9 @@ class _Same:
         return known
 
     def _node(self, pattern: fx.Node, node: fx.Node) -> bool:
-        if not called(node, pattern.target):
+        if not _alike(node, pattern.target):
             return self._no(node, f"`{node.name}` is {_said(node)} where the pattern, in these types, has {_said(pattern)}")
-        wanted, given = full_arguments(pattern), full_arguments(node)
+        wanted, given = (_comparable(each) if each.target in RESHAPES else full_arguments(each) for each in (pattern, node))
         same = wanted.keys() == given.keys() and any(all(self(p, v) for p, v in order) for order in _orders(pattern, wanted, given))
         if not same:
             return self._no(node, f"`{node.name}` has other arguments than the pattern in these types")

@@ -61,6 +61,20 @@ class Bind:
 
 
 @dataclass(frozen=True)
+class Apply:
+    """In `Pattern.arguments`: what a function makes of some of the pattern's inputs.
+
+    Args:
+        fn: plain PyTorch, tensors to one tensor: views, casts, joins. It reads no sizes, so that it can
+            be traced into a program whose sizes are not known.
+        names: the inputs that it takes, in order.
+    """
+
+    fn: Callable[..., torch.Tensor]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Pattern:
     """One way in which programs write the op.
 
@@ -73,7 +87,8 @@ class Pattern:
         scalars: scalar name to an example value that occurs nowhere else in the traced graph. A
             scalar may stand in several places (a slice's end and the next one's start) and in lists
             (a normalized shape); all must agree.
-        arguments: op argument name to `Bind(name)` or to a constant. Every op argument is named.
+        arguments: op argument name to `Bind(name)`, `Apply(fn, names)` or a constant. Every op
+            argument is named.
         output: which of the op's results replaces the pattern's result.
         check: given {name: bound tensor (real or fake) or scalar} under the names of `inputs` and
             `scalars`, says why the match must be refused, or None to accept it.
@@ -89,14 +104,24 @@ class Pattern:
 
     def examples(self) -> dict[str, torch.Tensor]:
         """Distinct example tensors by input name (the same tensor twice would alias in a trace)."""
-        return {name: torch.rand(shape).add(0.5).to(dtype) for name, (shape, dtype) in self.inputs.items()}
-
-    def bind(self, bound: Mapping[str, object]) -> dict[str, object]:
-        """The op's arguments by name, from what the match bound to inputs and scalars."""
         return {
-            argument: bound[value.name] if isinstance(value, Bind) else value
-            for argument, value in self.arguments.items()
+            name: torch.rand(shape, dtype=dtype if dtype.is_complex else torch.float32).add(0.5).to(dtype)
+            for name, (shape, dtype) in self.inputs.items()
         }
+
+    def bind(self, bound: Mapping[str, object], apply: Callable = lambda fn, *inputs: fn(*inputs)) -> dict[str, object]:
+        """The op's arguments by name, from what the match bound to inputs and scalars.
+
+        Args:
+            apply: calls the function of an `Apply`; a pass puts its operators into a graph instead.
+        """
+        found = {}
+        for argument, value in self.arguments.items():
+            if isinstance(value, Apply):
+                found[argument] = apply(value.fn, *(bound[name] for name in value.names))
+            else:
+                found[argument] = bound[value.name] if isinstance(value, Bind) else value
+        return found
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import operator
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,15 +14,15 @@ import torch.fx as fx
 
 from fxopt.errors import PassError
 from fxopt.ir import meta
-from fxopt.ir.edit import Edit, rule_here
-from fxopt.ir.index import Flow, called, full_arguments, same_strides, static, viewed
-from fxopt.ir.pattern import Match, Matcher, Near, without_autocast
-from fxopt.kernels.catalog import CATALOG, rope
+from fxopt.ir.edit import Edit
+from fxopt.ir.index import Flow, same_strides, static, viewed
+from fxopt.ir.pattern import Match, Matcher, Near
+from fxopt.ir.template import emit, without_autocast
+from fxopt.kernels.catalog import CATALOG
 from fxopt.kernels.op import FusedOp, Pattern
 from fxopt.kernels.tolerance import eager_error, excess
+from fxopt.passes import rotations
 from fxopt.passes.base import Pass, Promise
-aten = torch.ops.aten
-_ROPE = rope.overload
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ class Fuse(Pass):
         for rule in rules():
             if not self.ops or rule.op.name in self.ops:
                 nears += rule.apply(edit)
-        widen_rotations(edit)
-        join_rotations(edit)
+        rotations.tidy(edit)
         _report(edit, nears)
 
 
@@ -81,7 +79,7 @@ class Rule:
         alive = set(edit.nodes)
         flow = Flow(edit.graph, edit.slots)
         for node in edit.nodes:
-            if node not in alive or not called(node, self.matcher.target):
+            if node not in alive or not self.matcher.worth(node):
                 continue
             found = self.matcher.at(node, lambda inputs, scalars: self._refusal(flow, inputs, scalars))
             if isinstance(found, Near):
@@ -115,9 +113,16 @@ class Rule:
 
     def _rewrite(self, edit: Edit, match: Match) -> str | None:
         """Put the op in; returns why not."""
-        by_name = self.pattern.bind({**match.inputs, **match.scalars})
+        made: list[fx.Node] = []
+
+        def apply(fn: Callable[..., torch.Tensor], *inputs: fx.Node) -> fx.Node:
+            result, new = emit(edit, fn, inputs, match.anchor)
+            made.extend(new)
+            return result
+
+        by_name = self.pattern.bind({**match.inputs, **match.scalars}, apply)
         call = edit.call(self.op.overload, tuple(by_name[argument.name] for argument in self.op.overload._schema.arguments), like=match.anchor)
-        made = [call]
+        made.append(call)
         if isinstance(meta.value(call), (tuple, list)):
             made.append(edit.call(operator.getitem, (call, self.pattern.output), like=match.anchor))
         new, old = meta.tensor(made[-1]), meta.tensor(match.anchor)
@@ -145,8 +150,16 @@ def rules() -> tuple[Rule, ...]:
         for pattern in op.patterns:
             key = (op.name, pattern.fn, tuple(sorted(pattern.arguments.items(), key=lambda item: item[0])))
             if key not in found:
-                found[key] = Rule(op, pattern, Matcher(pattern.fn, {name: shape for name, (shape, _) in pattern.inputs.items()}, pattern.scalars))
+                shapes = tuple((name, shape) for name, (shape, _) in pattern.inputs.items())
+                other = tuple((name, dtype) for name, (_, dtype) in pattern.inputs.items() if not dtype.is_floating_point)
+                found[key] = Rule(op, pattern, _matcher(pattern.fn, shapes, tuple(pattern.scalars.items()), other))
     return tuple(sorted(found.values(), key=lambda rule: -rule.matcher.sketch.size))
+
+
+@functools.cache
+def _matcher(fn: Callable[..., torch.Tensor], *parts: tuple[tuple[str, Any], ...]) -> Matcher:
+    """Patterns of one function share what is traced of it."""
+    return Matcher(fn, *map(dict, parts))
 
 
 def standins(inputs: Mapping[str, fx.Node], flow: Flow) -> dict[str, torch.Tensor]:
@@ -179,70 +192,9 @@ def _unproven(op: FusedOp, pattern: Pattern, dtypes: tuple[torch.dtype, ...]) ->
     said = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     if got.dtype != eager.dtype:
         return f"for inputs of {said} the op returns {got.dtype}, not {eager.dtype}"
-    truth = op.reference(*bind(torch.Tensor.double))[pattern.output]
+    truth = op.reference(*bind(lambda value: value.to(torch.complex128 if value.is_complex() else torch.float64)))[pattern.output]
     error = eager_error(eager, truth, torch.float32)
     return None if excess(got, truth, error) <= 0 else f"for inputs of {said} the op rounds more than this does"
-
-
-def widen_rotations(edit: Edit) -> None:
-    """A rotation of the first columns, put back before the others, is a rotation of the whole: the op copies the rest."""
-    for cat in edit.nodes:
-        if not called(cat, aten.cat.default) or len(cat.args[0]) != 2:
-            continue
-        turned, rest = cat.args[0]
-        if not called(turned, operator.getitem) or not called(turned.args[0], _ROPE) or not called(rest, aten.slice.Tensor):
-            continue
-        single, part = turned.args[0], turned.args[0].args[0]
-        if single.args[1] is not None or not called(part, aten.slice.Tensor) or part.args[0] is not rest.args[0]:
-            continue
-        last = {full_arguments(node)["dim"] for node in (part, rest)} | {full_arguments(cat)["dim"]}
-        width = static(meta.tensor(turned).shape[-1])
-        ends = (part.args[2:], rest.args[2:])
-        if last != {-1} or ends != ((0, width), (width, sys.maxsize)):
-            continue
-        outside = [user for node in (single, turned) for user in node.users if user not in (turned, cat)]
-        if outside:
-            edit.missed("rope.partial", cat, f"the turned columns are also read by `{outside[0].name}`")
-            continue
-        call = edit.call(_ROPE, (part.args[0], *single.args[1:]), like=cat)
-        new = edit.call(operator.getitem, (call, 0), like=cat)
-        if not same_strides(meta.tensor(new), meta.tensor(cat)) and (view := viewed(cat)) is not None:
-            edit.missed("rope.partial", cat, f"the op returns other strides, and `{view.name}` may depend on them")
-            edit.erase(new)
-            edit.erase(call)
-            continue
-        edit.replace(cat, new, rule=rule_here("rope.partial"))
-        for node in (cat, turned, single, part, rest):
-            if not node.users:
-                edit.erase(node)
-
-
-def join_rotations(edit: Edit) -> None:
-    """Two rotations by the same tables in one module become one op, which reads the tables once."""
-    waiting: dict[Any, fx.Node] = {}
-    for node in edit.nodes:
-        if not called(node, _ROPE) or node.args[1] is not None:
-            continue
-        key = (*node.args[2:], meta.provenance(node).path)
-        first = waiting.pop(key, None)
-        if first is None:
-            waiting[key] = node
-            continue
-        order = {each: i for i, each in enumerate(edit.graph.nodes)}
-        turned = [next(iter(each.users)) for each in (first, node)]
-        if all(order[user] > order[node] for user in turned[0].users):
-            place = node
-        elif order[node.args[0]] < order[first]:
-            place = first
-        else:
-            waiting[key] = node
-            continue
-        both = edit.call(_ROPE, (first.args[0], node.args[0], *node.args[2:]), like=node, before=place)
-        for i, old in enumerate(turned):
-            edit.replace(old, edit.call(operator.getitem, (both, i), like=old, before=place))
-            edit.erase(old)
-        edit.erase(node)
-        edit.erase(first)
 
 
 def _report(edit: Edit, nears: list[tuple[Near, Rule]]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fxopt.kernels.op import Bind, Pattern
+from fxopt.kernels.op import Apply, Bind, Pattern
 
 
 def rope(q, k, cos, sin, interleaved, half_tables):
@@ -91,6 +91,35 @@ def _pairs_split(x, cos, sin):
     return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
 
 
+def _pairs_to_halves(x, cos, sin):
+    first, second = x[..., ::2], x[..., 1::2]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _complex(x, turns):
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+
+
+# What the op takes where a program holds it in another form.
+
+
+def _as_tables(x, cos):
+    return x.to(cos.dtype)
+
+
+def _firsts_then_seconds(x, cos):
+    return torch.cat((x[..., ::2], x[..., 1::2]), dim=-1).to(cos.dtype)
+
+
+def _cos_of(turns):
+    return torch.view_as_real(turns).select(-1, 0)
+
+
+def _sin_of(turns):
+    return torch.view_as_real(turns).select(-1, 1)
+
+
 def _check(bound, tables):
     x, cos, sin = bound["x"], bound["cos"], bound["sin"]
     if cos.shape != sin.shape or cos.dtype != sin.dtype:
@@ -114,24 +143,52 @@ def _check_half(bound):
     return _check(bound, 2)
 
 
-def _pattern(fn, interleaved, half_tables, dtype=torch.float32, table=torch.float32, scalar=True):
+def _check_complex(bound):
+    turns = bound["turns"]
+    return _check({"x": bound["x"], "cos": turns, "sin": turns}, 2)
+
+
+def _check_promoted(bound, check):
+    x, cos = bound["x"].dtype, bound["cos"].dtype
+    if x == cos or torch.promote_types(x, cos) != cos:
+        return f"{x} times {cos} is not {cos}, or nothing is widened"
+    return check(bound)
+
+
+def _check_full_promoted(bound):
+    return _check_promoted(bound, _check_full)
+
+
+def _check_half_promoted(bound):
+    return _check_promoted(bound, _check_half)
+
+
+def _pattern(fn, interleaved, half_tables, dtype=torch.float32, table=torch.float32, scalar=True, promoted=False, q=None):
     width, low = 11 if half_tables else 22, {torch.float32: "", _LOW: "_low"}
+    checks = (_check_full_promoted, _check_half_promoted) if promoted else (_check_full, _check_half)
     return Pattern(
-        name=fn.__name__.lstrip("_") + low[dtype] + ("" if table == torch.float32 else "_tables"),
+        name=fn.__name__.lstrip("_") + ("_promoted" if promoted else low[dtype] + ("" if table == torch.float32 else "_tables")),
         fn=fn,
         inputs={"x": ((3, 7, 5, 22), dtype), "cos": ((3, 1, 5, width), table), "sin": ((3, 1, 5, width), table)},
         scalars={"half": 11} if scalar else {},
         arguments={
-            "q": Bind("x"),
+            "q": q or (Apply(_as_tables, ("x", "cos")) if promoted else Bind("x")),
             "k": None,
             "cos": Bind("cos"),
             "sin": Bind("sin"),
             "interleaved": interleaved,
             "half_tables": half_tables,
         },
-        check=_check_half if half_tables else _check_full,
+        check=checks[half_tables],
     )
 
+
+def _promoted(fn, interleaved, half_tables, **more):
+    """Low precision times wider tables, with no cast said: the product has the tables' dtype, and so has the result."""
+    return _pattern(fn, interleaved, half_tables, dtype=_LOW, promoted=True, **more)
+
+
+_REORDERED = Apply(_firsts_then_seconds, ("x", "cos"))
 
 PATTERNS = (
     _pattern(_half, False, False),
@@ -145,4 +202,29 @@ PATTERNS = (
     _pattern(_pairs_wide, True, False, dtype=_LOW, scalar=False),
     _pattern(_pairs_wide, True, False, dtype=_LOW, table=_LOW, scalar=False),
     _pattern(_pairs_split, True, True, scalar=False),
+    _pattern(_pairs_to_halves, False, True, scalar=False, q=_REORDERED),
+    _promoted(_half, False, False),
+    _promoted(_half_chunk, False, False, scalar=False),
+    _promoted(_half_split, False, True),
+    _promoted(_half_split_chunk, False, True, scalar=False),
+    _promoted(_half_split_swapped, False, True),
+    _promoted(_pairs, True, False, scalar=False),
+    _promoted(_pairs_split, True, True, scalar=False),
+    *(
+        Pattern(
+            name="complex" if dtype == torch.float32 else "complex_low",
+            fn=_complex,
+            inputs={"x": ((3, 7, 5, 22), dtype), "turns": ((3, 1, 5, 11), torch.complex64)},
+            arguments={
+                "q": Bind("x"),
+                "k": None,
+                "cos": Apply(_cos_of, ("turns",)),
+                "sin": Apply(_sin_of, ("turns",)),
+                "interleaved": True,
+                "half_tables": True,
+            },
+            check=_check_complex,
+        )
+        for dtype in (torch.float32, _LOW)
+    ),
 )
