@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 TOKENS, BATCH = 1024, 4
 HIDDEN, MLP, VOCABULARY = 576, 1536, 49152
@@ -36,8 +36,8 @@ def seeds() -> st.SearchStrategy[int]:
 
 
 def widths() -> st.SearchStrategy[int]:
-    """Sizes of a last dimension: one, odd, and a little over a vector register."""
-    return st.sampled_from((1, 2, 5, 8, 17, 33, 64))
+    """Sizes of a last dimension: one, odd, a little over a vector register, and over a block of 1,024."""
+    return st.sampled_from((1, 2, 5, 8, 17, 33, 64, 1100))
 
 
 def leading(empty: bool = True) -> st.SearchStrategy[tuple[int, ...]]:
