@@ -40,7 +40,7 @@ def grad_outputs(case: Case, outputs) -> list[torch.Tensor]:
     pulls = []
     for out in outputs:
         pull = torch.randn(() if case.expanded else out.shape, generator=generator).bfloat16()
-        pulls.append(pull.to(out.dtype).expand(out.shape))
+        pulls.append(pull.to(out).expand(out.shape))
     return pulls
 
 
@@ -63,7 +63,7 @@ def eager_errors(op: FusedOp, case: Case) -> dict[tuple[str, int], float]:
     for turn in range(NEARBY + 1):
         args = case.args
         if turn:
-            args = tuple(nearby(arg, generator) if _floats(arg) else arg for arg in args)
+            args = tuple(nearby(arg.cpu(), generator).to(arg.device) if _floats(arg) else arg for arg in args)
         true = run(op.reference, case, tuple(map(in_fp64, args)))
         plain = run(op.reference, case, tuple(to_dtype(arg, torch.float64, torch.float32) for arg in args))
         wide = run(op.reference, case, tuple(to_dtype(arg, None, torch.float32) for arg in args))
