@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -52,8 +53,9 @@ def rows(op: FusedOp) -> Iterator[tuple[str, Case]]:
 
 
 def cast(case: Case, dtype: torch.dtype) -> Case:
-    """An fp32 case in another dtype, strides kept. Lists that hold codes (a quantized weight) keep their scales in fp32."""
-    kept = {place for start, stop in case.lists if any(_coded(arg) for arg in case.args[start:stop]) for place in range(start, stop)}
+    """An fp32 case in another dtype, strides kept. What the case says is fixed, and the scales in lists that hold codes (a
+    quantized weight), stay in fp32."""
+    kept = {place for start, stop in case.lists if any(_coded(arg) for arg in case.args[start:stop]) for place in range(start, stop)} | set(case.fixed)
 
     def changed(arg: Any) -> Any:
         if isinstance(arg, torch.Tensor) and arg.dtype == torch.float32:
@@ -62,7 +64,7 @@ def cast(case: Case, dtype: torch.dtype) -> Case:
         return dtype if arg is torch.float32 else arg
 
     args = tuple(arg if place in kept else changed(arg) for place, arg in enumerate(case.args))
-    return Case(args, case.grads, case.expanded, case.seed, case.lists)
+    return dataclasses.replace(case, args=args)
 
 
 def _coded(arg: Any) -> bool:

@@ -139,8 +139,8 @@ def _adam_with_l2(param, grad, *rest):
     return OPS["adamw_"](param, grad + rest[7] * param, *rest[:7], 0.0, *rest[8:])
 
 
-def _adamw_eps_inside(param, grad, *rest):
-    return OPS["adamw_"](param, grad, rest[0], rest[1] + rest[6], *rest[2:6], 0.0, *rest[7:])
+def _adamw_eps_inside(param, grad, exp_avg, exp_avg_sq, *rest):
+    return OPS["adamw_"](param, grad, exp_avg, exp_avg_sq + rest[4], *rest[:4], 0.0, *rest[5:])
 
 
 def _swap_nibbles(packed):
@@ -261,7 +261,7 @@ def _faults():
             "eps inside the root": _adamw_eps_inside,
             "bias not corrected": with_argument(adamw, 10, lambda step: 1_000_000),
             "factor ignored": with_argument(adamw, 4, none),
-            "one factor for both": with_argument(adamw, 7, lambda beta2: 0.99),
+            "one factor for both averages": with_argument(adamw, 7, lambda beta2: 0.99),
             "gradient written": writes_to(adamw, 1),
             "rounded to bf16": rounds_to(adamw, torch.bfloat16),
         },
@@ -270,8 +270,8 @@ def _faults():
             "factor ignored": with_argument(adamw_8bit, 7, none),
             "gradient written": writes_to(adamw_8bit, 1),
             "scales of the next block": with_argument(adamw_8bit, 3, _shift_blocks),
-            "sign lost": lambda *args: (lambda p, m, v: (p, m.abs(), v))(*adamw_8bit(*args)),
-            "first average not stored": lambda *args: (adamw_8bit(*args)[0], *adamw_8bit.results(args)[1:2], adamw_8bit(*args)[2]),
+            "sign lost": lambda *args: [part.abs() if place == 1 else part for place, part in enumerate(adamw_8bit(*args))],
+            "averages not stored": lambda *args: (adamw_8bit(*args)[0], *adamw_8bit.results(args)[1:]),
         },
     }
 

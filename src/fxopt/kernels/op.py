@@ -135,6 +135,7 @@ class Case:
         expanded: pass a stride-0 grad_output, as `out.sum().backward()` does.
         seed: of the grad_output.
         lists: (start, stop) ranges of args that the op takes as one list each; in order, an empty one as (i, i).
+        fixed: positions of tensors that stay fp32 where the rest of an fp32 case is cast (averages, scales, tables).
     """
 
     args: tuple
@@ -142,6 +143,7 @@ class Case:
     expanded: bool = False
     seed: int = 0
     lists: tuple[tuple[int, int], ...] = ()
+    fixed: tuple[int, ...] = ()
 
     def packed(self, args: Sequence[object] | None = None) -> list[object]:
         """The arguments as the op takes them: `args` (default: the case's own) with the lists closed."""
