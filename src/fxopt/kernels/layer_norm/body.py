@@ -28,17 +28,17 @@ def forward(x, weight, bias, eps):
 
     Source: Ba, Kiros and Hinton, 2016, https://arxiv.org/abs/1607.06450.
     """
-    acc, shape = wide(x.dtype), [x.shape[-1]]
+    acc, shape = wide(x.dtype), x.shape[-1:]
+    if _direct(x, acc):
+        y, mean, rstd = _native(x, shape, *_widen(x, acc, weight, bias), eps)
+        return y, mean.squeeze(-1), rstd.squeeze(-1)
     rows, (w, b) = as_rows(x), _widen(x, acc, weight, bias)
     mean, rstd = (torch.empty(rows.shape[0], dtype=acc, device=x.device) for _ in range(2))
-    if _direct(x, acc):
-        y, mean, rstd = _native(rows, shape, w, b, eps)
-    else:
-        y = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
-        for block in blocks(*rows.shape):
-            part, m, r = _native(rows[block].to(acc), shape, w, b, eps)
-            y[block].copy_(part)
-            mean[block], rstd[block] = m.view(-1), r.view(-1)
+    y = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+    for block in blocks(*rows.shape):
+        part, m, r = _native(rows[block].to(acc), shape, w, b, eps)
+        y[block].copy_(part)
+        mean[block], rstd[block] = m.view(-1), r.view(-1)
     lead = x.shape[:-1]
     return y.view(x.shape), mean.view(lead), rstd.view(lead)
 
@@ -49,7 +49,10 @@ def _direct(x, acc):
 
 
 def _widen(x, acc, weight, bias):
-    if weight is None and x.dtype != acc:
+    if x.dtype == acc:
+        if (weight is None or weight.dtype == acc) and (bias is None or bias.dtype == acc):
+            return weight, bias
+    elif weight is None:
         weight = torch.ones(x.shape[-1], dtype=acc, device=x.device)
     return [None if part is None else part.to(acc) for part in (weight, bias)]
 
@@ -63,14 +66,16 @@ def backward(dy, x, weight, bias, mean, rstd, output_mask):
     """Gradients of `layer_norm`: dx in x's dtype, dweight and dbias [d] in theirs, None where the
     mask is off. weight and bias gradients are summed over rows in fp32 (fp64 for fp64 x).
     """
-    acc, width = wide(x.dtype), x.shape[-1]
-    rows, grads = as_rows(x), as_rows(dy)
-    (w, b), count = _widen(x, acc, weight, bias), rows_of(x)
-    m_all, r_all = mean.reshape(count, 1), rstd.reshape(count, 1)
-    mask = list(output_mask)
-    if _direct(x, acc):
-        dx, dweight, dbias = _native_backward(grads, rows, [width], m_all, r_all, w, b, mask)
+    acc, width, mask = wide(x.dtype), x.shape[-1], output_mask
+    w, b = _widen(x, acc, weight, bias)
+    # The native CPU kernel adds up dweight and dbias in x's dtype: in bf16, 70% off over 4,096 rows of one sign.
+    if _direct(x, acc) and (x.dtype == acc or not any(mask[1:])):
+        dx, dweight, dbias = _native_backward(dy, x, [width], mean.unsqueeze(-1), rstd.unsqueeze(-1), w, b, mask)
+        if x.dtype == acc and (weight is None or weight is w) and (bias is None or bias is b):
+            return dx, dweight, dbias
     else:
+        rows, grads, count = as_rows(x), as_rows(dy), rows_of(x)
+        m_all, r_all = mean.reshape(count, 1), rstd.reshape(count, 1)
         dx = torch.empty(rows.shape, dtype=x.dtype, device=x.device) if mask[0] else None
         dweight, dbias = (torch.zeros(width, dtype=acc, device=x.device) if on else None for on in mask[1:])
         for block in blocks(*rows.shape):
