@@ -28,7 +28,7 @@ from interpreter.twins import BUILDER, interpreted_language, twin
 
 # Few processors: kernels whose programs loop over rows do loop on small tensors.
 SMALL = Target("cuda", 90, 227 * 1024, 3)
-_OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg"}
+_OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion"}
 
 
 class Interpreter:
@@ -104,15 +104,18 @@ class Calls:
     """What ops did while they were interpreted."""
 
     runner: Interpreter
-    calls: Counter[tuple[str, torch.dtype | None]] = field(default_factory=Counter)
-    """Calls of (operator, dtype of its first floating tensor) that had anything to compute."""
-    started: Counter[tuple[str, torch.dtype | None]] = field(default_factory=Counter)
+    calls: Counter[tuple[str, str, torch.dtype | None]] = field(default_factory=Counter)
+    """Calls of (op, operator, dtype that it computes in) that had anything to compute."""
+    started: Counter[tuple[str, str, torch.dtype | None]] = field(default_factory=Counter)
     """Those of them that started a kernel."""
 
-    def idle(self) -> list[str]:
-        """Operators that were called and never started a kernel, fp64 aside."""
-        return [f"{name} in {dtype}" for (name, dtype), count in self.calls.items()
-                if count and not self.started[name, dtype] and dtype != torch.float64]  # fmt: skip
+    def idle(self, operators: bool) -> list[str]:
+        """Ops (or each of their operators) that were called and never started a kernel, fp64 aside."""
+
+        def names(counts: Counter[tuple[str, str, torch.dtype | None]]) -> set[str]:
+            return {f"{operator if operators else op} in {dtype}" for (op, operator, dtype), count in counts.items() if count and dtype != torch.float64}
+
+        return sorted(names(self.calls) - names(self.started))
 
 
 def launcher(kernel: Kernel) -> Callable:
@@ -123,11 +126,17 @@ def launcher(kernel: Kernel) -> Callable:
 
 
 @contextlib.contextmanager
-def interpreted(ops: Iterable[FusedOp] = CATALOG, target: Target = SMALL, racy: Iterable[str] = ()) -> Iterator[Calls]:
+def interpreted(
+    ops: Iterable[FusedOp] = CATALOG, target: Target = SMALL, racy: Iterable[str] = (), operators: bool = False
+) -> Iterator[Calls]:
     """Inside, these ops run their Triton kernels on CPU tensors; at the end, each that was called must have started one.
 
     Memory that a launcher allocates holds NaN (integers: their maximum) until a kernel writes it. The ATen body of an op
     may be called for fp64 only.
+
+    Args:
+        operators: forward and backward must both have started a kernel, if called. (A backward may have nothing to do but to
+            scale what forward computed: then in some of the calls.)
     """
     library = torch.library.Library(NAMESPACE, "IMPL")
     record = Calls(Interpreter(racy=racy))
@@ -137,16 +146,16 @@ def interpreted(ops: Iterable[FusedOp] = CATALOG, target: Target = SMALL, racy: 
             for op in ops:
                 for kernel in op.kernels:
                     if kernel.cuda is not None:
-                        library.impl(kernel.name, _watched(record, kernel), "CPU")
+                        library.impl(kernel.name, _watched(record, op, kernel), "CPU")
                         stack.enter_context(_no_body(kernel))
             yield record
     finally:
         library._destroy()
-    idle = record.idle()
+    idle = record.idle(operators)
     assert not idle, f"called, but no Triton kernel was started: {', '.join(idle)}"
 
 
-def _watched(record: Calls, kernel: Kernel) -> Callable:
+def _watched(record: Calls, op: FusedOp, kernel: Kernel) -> Callable:
     start = launcher(kernel)
 
     def call(*args: Any) -> Any:
@@ -155,7 +164,7 @@ def _watched(record: Calls, kernel: Kernel) -> Callable:
             results = start(*args)
         tensors = [part for part in (results if isinstance(results, (tuple, list)) else (results,)) if part is not None]
         if any(part.numel() for part in tensors):
-            key = (kernel.name, dtype_of(args))
+            key = (op.name, kernel.name, dtype_of(args))
             record.calls[key] += 1
             record.started[key] += record.runner.launches.total() > before
         return results

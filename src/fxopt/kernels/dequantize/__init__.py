@@ -1,4 +1,4 @@
-"""`fxopt::dequantize`: reference.py (plain form), body.py (ATen), cases.py (test inputs)."""
+"""`fxopt::dequantize`: reference.py (plain form), body.py (ATen), triton.py (GPU), cases.py (test inputs)."""
 
 from fxopt.kernels.dequantize import body, reference
 from fxopt.kernels.op import FusedOp, Kernel, register
@@ -9,6 +9,7 @@ OP = register(
             "dequantize(Tensor[] base, str format, SymInt[] shape, ScalarType dtype) -> Tensor",
             body=body.forward,
             fake=body.forward_fake,
+            cuda="fxopt.kernels.dequantize.triton:forward",
         ),
         reference=reference.dequantize,
     )

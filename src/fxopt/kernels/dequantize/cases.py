@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from hypothesis import strategies as st
 
-from fxopt.kernels.cases import HIDDEN, MLP, dtypes, normal, tensors
+from fxopt.kernels.cases import HIDDEN, HUGE_ROWS, HUGE_WIDTH, MLP, dtypes, normal, tensors
 from fxopt.kernels.formats import FORMATS, Format
 from fxopt.kernels.formats.gguf import LAYOUTS
 from fxopt.kernels.op import Case
@@ -54,3 +54,12 @@ def rows() -> Iterator[tuple[str, Case]]:
 def row_shape(format: Format) -> tuple[int, int]:
     """Of the weight of a row; HIDDEN columns are not whole blocks of the largest kind."""
     return (MLP, HIDDEN) if format.fits((MLP, HIDDEN)) is None else (HIDDEN, MLP)
+
+
+def huge() -> Iterator[tuple[str, Case]]:
+    """More than 2^31 weights in each format."""
+    for format in FORMATS.values():
+        if format.name != "dense":
+            shape = (HUGE_ROWS, HUGE_WIDTH)
+            base = [torch.empty(part.shape(shape), dtype=part.dtype) for part in format.parts]
+            yield format.name, Case((*base, format.name, list(shape), torch.bfloat16), lists=((0, len(base)),))
