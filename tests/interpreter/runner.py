@@ -113,7 +113,7 @@ class Calls:
         """Ops (or each of their operators) that were called and never started a kernel, fp64 aside."""
 
         def names(counts: Counter[tuple[str, str, torch.dtype | None]]) -> set[str]:
-            return {f"{operator if operators else op} in {dtype}" for (op, operator, dtype), count in counts.items() if count and dtype != torch.float64}
+            return {f"{operator} in {dtype}" if operators else op for (op, operator, dtype), count in counts.items() if count and dtype != torch.float64}
 
         return sorted(names(self.calls) - names(self.started))
 

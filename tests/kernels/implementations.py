@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -27,9 +27,9 @@ class Implementation:
     op: FusedOp
     kind: str
 
-    def running(self) -> AbstractContextManager[object]:
-        """Inside, calls of the op on this implementation's device run this implementation."""
-        return interpreted([self.op], racy=RACY) if self.kind == "interpreter" else contextlib.nullcontext()
+    def running(self, operators: bool = False) -> AbstractContextManager[object]:
+        """Inside, calls of the op on this implementation's device run this implementation; see `interpreted`."""
+        return interpreted([self.op], racy=RACY, operators=operators) if self.kind == "interpreter" else contextlib.nullcontext()
 
     def on_device(self, case: Case) -> Case:
         """The same call with its tensors where the implementation reads them, strides kept."""
@@ -43,15 +43,16 @@ def _to_gpu(tensor: torch.Tensor) -> torch.Tensor:
     return cells.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-def _every(ops: tuple[FusedOp, ...]) -> Iterator[object]:
+def implementations(ops: Iterable[FusedOp]) -> list[object]:
+    """Every implementation of these ops, as parameters of a test."""
+    found: list[object] = []
     for op in ops:
-        yield pytest.param(Implementation(op, "aten"), id=f"{op.name}-aten")
+        found.append(pytest.param(Implementation(op, "aten"), id=f"{op.name}-aten"))
         if op in with_kernels():
-            yield pytest.param(Implementation(op, "interpreter"), id=f"{op.name}-interpreter")
-        yield pytest.param(Implementation(op, "gpu"), id=f"{op.name}-gpu", marks=pytest.mark.gpu)
+            found.append(pytest.param(Implementation(op, "interpreter"), id=f"{op.name}-interpreter"))
+        found.append(pytest.param(Implementation(op, "gpu"), id=f"{op.name}-gpu", marks=pytest.mark.gpu))
+    return found
 
 
-every_implementation = pytest.mark.parametrize("where", list(_every(CATALOG)))
-every_differentiable_implementation = pytest.mark.parametrize(
-    "where", list(_every(tuple(op for op in CATALOG if op.backward is not None)))
-)
+every_implementation = pytest.mark.parametrize("where", implementations(CATALOG))
+differentiable = pytest.mark.parametrize("where", implementations(op for op in CATALOG if op.backward is not None))

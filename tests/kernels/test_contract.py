@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from hypothesis import HealthCheck, Phase, given, settings
-from implementations import every_differentiable_implementation, every_implementation
+from implementations import differentiable, every_implementation
 from oracle import failures, run, same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -41,7 +41,7 @@ def on_cases(op, check, examples, accept=lambda case: True, phases=(Phase.genera
 
 def where_it_runs(where, check, examples, accept=lambda case: True):
     """Run check on drawn cases of an implementation, on its device."""
-    with where.running():
+    with where.running(operators=examples >= 200):
         on_cases(where.op, lambda case: check(where.on_device(case)), examples, accept)
 
 
@@ -95,7 +95,11 @@ def _stride(part):
     return [stride for size, stride in zip(part.shape, part.stride(), strict=True) if size > 1 and part.numel()]
 
 
-@every_differentiable_implementation
+# Arguments with the gradient of another one, which is computed once: the operands of a sum.
+SHARED = {"add_rms_norm": {1: 0}, "add_layer_norm": {1: 0}}
+
+
+@differentiable
 def test_the_backward_op_gets_the_mask_and_its_fake_agrees(where):
     op = where.op
 
@@ -103,12 +107,13 @@ def test_the_backward_op_gets_the_mask_and_its_fake_agrees(where):
         with recorded(op.backward.overload) as calls:
             run(op, case, case.args)
         for args, reals in calls:
+            asked = len({SHARED.get(op.name, {}).get(place, place) for place in case.grads})
             if op.name != "rope":  # It has no mask: an unused gradient is not passed.
-                assert sum(args[-1]) == len(case.grads)
+                assert sum(args[-1]) == asked
             with FakeTensorMode() as mode:
                 fakes = op.backward.overload(*pytree.tree_map_only(torch.Tensor, mode.from_tensor, args))
             assert described(fakes) == described(reals)
-            assert sum(part is not None for part in reals) == len(case.grads)
+            assert sum(part is not None for part in reals) == asked
 
     where_it_runs(where, check, 60)
 
@@ -131,7 +136,7 @@ class recorded(torch.utils._python_dispatch.TorchDispatchMode):
         return results
 
 
-@every_differentiable_implementation
+@differentiable
 def test_grad_output_is_not_written_to(where):
     op = where.op
 
@@ -146,7 +151,7 @@ def test_grad_output_is_not_written_to(where):
     where_it_runs(where, check, 40)
 
 
-@every_differentiable_implementation
+@differentiable
 def test_gradcheck(where):
     op = where.op
 
@@ -187,7 +192,7 @@ def test_opcheck(where):
     assert seen
 
 
-@every_differentiable_implementation
+@differentiable
 def test_opcheck_of_the_backward(where):
     op = where.op
 
@@ -327,4 +332,4 @@ def test_rows_are_calls_of_the_op(op):
             assert op(*case.packed(args))
         floating = {arg.dtype for arg in case.args if isinstance(arg, torch.Tensor) and arg.is_floating_point()}
         assert floating <= {torch.float32}
-        assert bool(case.grads) == (op.backward is not None)
+    assert any(case.grads for _, case in rows) == (op.backward is not None)
