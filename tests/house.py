@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -228,8 +229,51 @@ def no_machine(path: str, text: str) -> list[str]:
     return [f"{path}:{number}: names a machine's path" for number, line in enumerate(text.splitlines(), 1) if found.search(line)]
 
 
+_KERNELS = re.compile(r"src/fxopt/kernels/\w+/triton\.py")
+# What an interpreter, a compile without a GPU or another release of Triton does not know, and hints that can lie.
+_UNPORTABLE = {"libdevice", "extra", "make_block_ptr", "advance", "inline_asm_elementwise", "extern_elementwise", "autotune", "heuristics",
+               "multiple_of", "max_contiguous", "max_constancy"}
+_WAITS = {"item", "tolist", "cpu", "numpy", "synchronize"}
+
+
+def portable_kernels(path: str, text: str) -> list[str]:
+    """Triton is for kernels/*/triton.py, which start kernels through `launch`, read no tensor values, and use what runs everywhere."""
+    found = []
+    tree = ast.parse(text)
+    if part_of(path) is not None and not _KERNELS.fullmatch(path):
+        return [_at(path, node, "triton is imported by kernels/*/triton.py only") for node, name in _imports(tree) if name.split(".")[0] == "triton"]
+    if not _KERNELS.fullmatch(path):
+        return []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in _UNPORTABLE or isinstance(node, ast.alias) and node.name.split(".")[-1] in _UNPORTABLE:
+            found.append(_at(path, node, f"{node.attr if isinstance(node, ast.Attribute) else node.name} does not run everywhere"))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+            found.append(_at(path, node, "a kernel is started through fxopt.kernels.launch.launch"))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _WAITS:
+            found.append(_at(path, node, f"{node.func.attr} waits for the device"))
+        if isinstance(node, (ast.For, ast.While)):
+            found += [_at(path, node, f"two products into {name} in one turn of a loop: miscompiled on sm_103") for name, count in _products(node.body).items() if count > 1]
+    return found
+
+
+def _products(statements: list[ast.stmt]) -> Counter[str]:
+    """How many tl.dot add to each name in one pass over statements; of two branches the one with more."""
+    found: Counter[str] = Counter()
+    for node in statements:
+        if isinstance(node, ast.If):
+            found += _products(node.body) | _products(node.orelse)
+        elif isinstance(node, (ast.Assign, ast.AugAssign)):
+            target = node.target if isinstance(node, ast.AugAssign) else None
+            for call in ast.walk(node.value):
+                if isinstance(call, ast.Call) and _called(call) == "dot":
+                    held = call.args[2] if len(call.args) > 2 else next((keyword.value for keyword in call.keywords if keyword.arg == "acc"), target)
+                    if isinstance(held, ast.Name):
+                        found[held.id] += 1
+    return found
+
+
 RULES: tuple[Rule, ...] = (import_law, short, named_for_what_it_is, no_hidden_code, no_architectures, no_tolerances, no_patching, one_editor,
-                           imports_at_the_top, hypothesis_in_tests, no_machine)
+                           imports_at_the_top, hypothesis_in_tests, no_machine, portable_kernels)
 
 
 def sources() -> list[str]:

@@ -71,6 +71,16 @@ BAD: list[tuple[Rule, str, str]] = [
     (house.hypothesis_in_tests, "src/fxopt/kernels/rope/body.py", "from hypothesis import given"),
     (house.hypothesis_in_tests, "bench/x.py", "import hypothesis.strategies"),
     (house.no_machine, "src/fxopt/x.py", "path = '/" + "home/me/x'"),
+    (house.portable_kernels, "src/fxopt/kernels/rope/body.py", "import triton"),
+    (house.portable_kernels, "src/fxopt/passes/x.py", "import triton.language as tl"),
+    (house.portable_kernels, "src/fxopt/kernels/rope/triton.py", "from triton.language.extra import libdevice"),
+    (house.portable_kernels, "src/fxopt/kernels/rope/triton.py", "p = tl.make_block_ptr(x)"),
+    (house.portable_kernels, "src/fxopt/kernels/rope/triton.py", "x = tl.multiple_of(x, 16)"),
+    (house.portable_kernels, "src/fxopt/kernels/rope/triton.py", "@triton.autotune(configs=[])\ndef f(): ..."),
+    (house.portable_kernels, "src/fxopt/kernels/rope/triton.py", "kernel[(1,)](x)"),
+    (house.portable_kernels, "src/fxopt/kernels/rope/triton.py", "n = x.sum().item()"),
+    (house.portable_kernels, "src/fxopt/kernels/rope/triton.py", "for i in range(3):\n    acc = tl.dot(a, b, acc)\n    acc = tl.dot(c, d, acc)"),
+    (house.portable_kernels, "src/fxopt/kernels/rope/triton.py", "for i in range(3):\n    acc += tl.dot(a, b)\n    acc += tl.dot(c, d)"),
 ]
 
 
@@ -89,6 +99,8 @@ GOOD: list[tuple[Rule, str, str]] = [
     (house.imports_at_the_top, "src/fxopt/cli.py", "def f():\n    import torch"),
     (house.imports_at_the_top, "src/fxopt/kernels/rope/triton.py", "def f():\n    import triton"),
     (house.hypothesis_in_tests, "src/fxopt/kernels/rope/cases.py", "from hypothesis import strategies"),
+    (house.portable_kernels, "src/fxopt/kernels/rope/triton.py", "import triton\nlaunch(kernel, (1,), x)\nfor i in range(3):\n    a = tl.dot(x, y, a)\n    b += tl.dot(x, y)"),
+    (house.portable_kernels, "src/fxopt/kernels/rope/triton.py", "for i in range(3):\n    if F:\n        a = tl.dot(x, y, a)\n    else:\n        a = tl.dot(y, x, a)"),
 ]
 
 
