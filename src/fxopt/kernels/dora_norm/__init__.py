@@ -1,4 +1,4 @@
-"""`fxopt::dora_norm`: reference.py (plain form), body.py (ATen), cases.py (test inputs)."""
+"""`fxopt::dora_norm`: reference.py (plain form), body.py (ATen), triton.py, cases.py (test inputs)."""
 
 from fxopt.kernels.dora_norm import body, reference
 from fxopt.kernels.op import FusedOp, Kernel, register
@@ -9,6 +9,7 @@ OP = register(
             "dora_norm(Tensor[] base, str format, SymInt[] shape, Tensor lora_a, Tensor lora_b, float scale, bool transposed) -> Tensor",
             body=body.forward,
             fake=body.forward_fake,
+            cuda="fxopt.kernels.dora_norm.triton:forward",
         ),
         reference=reference.dora_norm,
     )

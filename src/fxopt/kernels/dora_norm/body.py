@@ -27,7 +27,7 @@ def forward(base, format, shape, lora_a, lora_b, scale, transposed):
 
     Source: Liu et al., 2024, https://arxiv.org/abs/2402.09353.
     """
-    _check(base, format, shape, lora_a, lora_b, transposed)
+    check(base, format, shape, lora_a, lora_b, transposed)
     dtype = lora_a.dtype
     weight = base[0] if format == "dense" else torch.ops.fxopt.dequantize(base, format, shape, dtype)
     rows = weight.t() if transposed else weight
@@ -37,7 +37,7 @@ def forward(base, format, shape, lora_a, lora_b, scale, transposed):
     return norm
 
 
-def _check(base, format, shape, lora_a, lora_b, transposed):
+def check(base, format, shape, lora_a, lora_b, transposed):
     named(format).check(base, shape)
     inputs, outputs = (shape[0], shape[1]) if transposed else (shape[1], shape[0])
     torch._check(
@@ -49,5 +49,5 @@ def _check(base, format, shape, lora_a, lora_b, transposed):
 
 
 def forward_fake(base, format, shape, lora_a, lora_b, scale, transposed):
-    _check(base, format, shape, lora_a, lora_b, transposed)
+    check(base, format, shape, lora_a, lora_b, transposed)
     return lora_b.new_empty(lora_b.shape[:1])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from hypothesis import strategies as st
 
-from fxopt.kernels.cases import HIDDEN, MLP, RANK, normal, tensors
+from fxopt.kernels.cases import HIDDEN, HUGE_ROWS, HUGE_WIDTH, MLP, RANK, normal, tensors
 from fxopt.kernels.formats import named
 from fxopt.kernels.op import Case
 
@@ -29,3 +29,9 @@ def rows() -> Iterator[tuple[str, Case]]:
         base = named(name).quantize(normal(MLP, HIDDEN, scale=0.02))
         args = (*base, name, [MLP, HIDDEN], normal(RANK, HIDDEN, scale=0.04), normal(MLP, RANK, scale=0.01), 2.0, False)
         yield f"{name} base", Case(args, lists=((0, len(base)),))
+
+
+def huge() -> Iterator[tuple[str, Case]]:
+    """A weight of more than 2^31 elements."""
+    base, a, b = torch.empty(HUGE_ROWS, HUGE_WIDTH), torch.empty(RANK, HUGE_WIDTH), torch.empty(HUGE_ROWS, RANK)
+    yield "", Case((base, "dense", [HUGE_ROWS, HUGE_WIDTH], a, b, 2.0, False), lists=((0, 1),))

@@ -10,6 +10,7 @@ _BACKWARD = Kernel(
     "bool[] output_mask) -> Tensor[]",
     body=body.backward,
     fake=body.backward_fake,
+    cuda="fxopt.kernels.lora_linear.triton:backward",
 )
 
 
@@ -45,6 +46,7 @@ OP = register(
             "Tensor[] lora_b, float[] scales, bool transposed, float dropout, Tensor? seeds) -> Tensor[]",
             body=body.forward,
             fake=body.forward_fake,
+            cuda="fxopt.kernels.lora_linear.triton:forward",
         ),
         reference=reference.lora_linear,
         outputs=-1,

@@ -8,6 +8,9 @@ quantized weight, and multiplies from the small side. W^T dY of a frozen weight 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from fxopt.kernels import dropout as dropouts
@@ -56,7 +59,7 @@ def forward(x, bases, formats, shapes, biases, lora_a, lora_b, scales, transpose
 def _shrink(rows, group, dropout, seeds):
     """drop(x) A^T of all siblings, [rows, sum of r]: one product where they see the same x."""
     if not dropout:
-        return rows.mm(_together([each.a for each in group]).t())
+        return rows.mm(together([each.a for each in group]).t())
     return torch.cat([(rows * _mask(seeds, i, rows, dropout)).mm(each.a.t()) for i, each in enumerate(group)], dim=1)
 
 
@@ -64,7 +67,8 @@ def _mask(seeds, i, rows, dropout):
     return dropouts.mask(seeds[i], *rows.shape, dropout, rows.dtype)
 
 
-def _together(matrices):
+def together(matrices):
+    """The matrices below each other, without a copy of a single one."""
     return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
 
@@ -88,36 +92,55 @@ def backward(dys, x, bases, formats, shapes, biases, lora_a, lora_b, low, scales
         a list of the gradients that the mask asks for, in its order, each in its input's dtype.
     """
     group = siblings(None, bases, formats, shapes, biases, lora_a, lora_b, scales, transposed)
-    count = len(group)
-    want_x, *rest = output_mask
-    want_w, rest = rest[:count], rest[count:]
-    want_bias, rest = rest[: len(biases)], rest[len(biases) :]
-    want_a, want_b = rest[:count], rest[count:]
+    want = Wanted.of(output_mask, len(group), len(biases))
     some = next(dy for dy in dys if dy is not None)
     grads = [None if dy is None else as_rows(dy) for dy in dys]
     rows = None if x is None else as_rows(x)
     lows = low.reshape(rows_of(some), low.shape[-1])
-    ups = [None if grad is None or not (want_x or a) else grad.to(each.b.dtype).mm(each.b).mul_(each.scale)
-           for grad, each, a in zip(grads, group, want_a, strict=True)]
+    ups = [None if grad is None or not (want.x or a) else grad.to(each.b.dtype).mm(each.b).mul_(each.scale)
+           for grad, each, a in zip(grads, group, want.a, strict=True)]
     found = []
-    if want_x:
+    if want.x:
         dx = _pull_back(grads, ups, group, transposed, dropout, seeds)
         found.append(dx.view(*some.shape[:-1], dx.shape[1]))
-    for i, each in enumerate(group):
-        if want_w[i]:
-            found.append(torch.zeros_like(each.base[0]) if grads[i] is None else linear.weight_gradient(grads[i], rows, transposed))
-    for i, want in enumerate(want_bias):
-        if want:
-            found.append(torch.zeros_like(biases[i]) if grads[i] is None else linear.bias_gradient(grads[i], biases[i].dtype))
+    found += dense_gradients(grads, rows, group, biases, want, transposed)
     wide = None if rows is None else rows.to(lora_a[0].dtype)
     for i, each in enumerate(group):
-        if want_a[i]:
+        if want.a[i]:
             found.append(torch.zeros_like(each.a) if ups[i] is None else
                          ups[i].t().mm(wide * _mask(seeds, i, wide, dropout) if dropout else wide))
     for i, each in enumerate(group):
-        if want_b[i]:
+        if want.b[i]:
             found.append(torch.zeros_like(each.b) if grads[i] is None else
                          grads[i].to(low.dtype).t().mm(lows[:, each.columns]).mul_(each.scale))
+    return found
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An output mask by what it asks for: dx, and for each sibling dW, dbias, dA and dB."""
+
+    x: bool
+    weights: Sequence[bool]
+    biases: Sequence[bool]
+    a: Sequence[bool]
+    b: Sequence[bool]
+
+    @staticmethod
+    def of(mask, count, biases):
+        ends = [1, 1 + count, 1 + count + biases, 1 + 2 * count + biases]
+        return Wanted(mask[0], mask[1 : ends[1]], mask[ends[1] : ends[2]], mask[ends[2] : ends[3]], mask[ends[3] :])
+
+
+def dense_gradients(grads, rows, group, biases, want, transposed):
+    """The gradients of dense weights and of biases that the mask asks for, in its order."""
+    found = []
+    for grad, each, wanted in zip(grads, group, want.weights, strict=True):
+        if wanted:
+            found.append(torch.zeros_like(each.base[0]) if grad is None else linear.weight_gradient(grad, rows, transposed))
+    for i, wanted in enumerate(want.biases):
+        if wanted:
+            found.append(torch.zeros_like(biases[i]) if grads[i] is None else linear.bias_gradient(grads[i], biases[i].dtype))
     return found
 
 
@@ -139,7 +162,7 @@ def _pull_back(grads, ups, group, transposed, dropout, seeds):
         for _, up, each, i in used:
             dx.add_(up.mm(each.a).mul_(dropouts.mask(seeds[i], some.shape[0], width, dropout, up.dtype)))
         return dx
-    up, a = torch.cat([up for _, up, *_ in used], dim=1), _together([each.a for _, _, each, _ in used])
+    up, a = torch.cat([up for _, up, *_ in used], dim=1), together([each.a for _, _, each, _ in used])
     return dx.addmm_(up, a) if up.dtype == dx.dtype else dx.add_(up.mm(a))
 
 

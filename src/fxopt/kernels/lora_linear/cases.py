@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
 from hypothesis import strategies as st
 
-from fxopt.kernels.cases import HIDDEN, MLP, RANK, TOKENS, dtypes, leading, normal, seeds, subset, tensors
+from fxopt.kernels.cases import HIDDEN, HUGE_ROWS, HUGE_WIDTH, MLP, RANK, TOKENS, dtypes, leading, normal, seeds, subset, tensors
 from fxopt.kernels.formats import named
 from fxopt.kernels.lora_linear.grouping import first_parts
 from fxopt.kernels.op import Case
@@ -55,10 +56,22 @@ def packed(x, bases, formats, shapes, biases, lora_a, lora_b, scales, transposed
 
 
 def rows() -> Iterator[tuple[str, Case]]:
-    """A layer and two siblings of a gated unit, on a dense and on an NF4 base."""
-    for label, name, count in (("dense base", "dense", 1), ("NF4 base", "nf4", 1), ("two siblings, NF4 base", "nf4", 2)):
+    """A layer and two siblings of a gated unit, on a dense and on an NF4 base, with and without dropout."""
+    calls = (("dense base", "dense", 1, 0.0), ("NF4 base", "nf4", 1, 0.0), ("two siblings, NF4 base", "nf4", 2, 0.0), ("dropout, NF4 base", "nf4", 1, 0.1))
+    for label, name, count, dropout in calls:
         bases = [part for i in range(count) for part in named(name).quantize(normal(MLP, HIDDEN, scale=0.02, seed=i))]
         a, b = ([normal(*size, scale=scale, seed=i) for i in range(count)] for size, scale in (((RANK, HIDDEN), 0.04), ((MLP, RANK), 0.01)))
         start = 3 + len(bases)
-        yield label, packed(normal(TOKENS, HIDDEN), bases, [name] * count, [MLP, HIDDEN] * count, [], a, b, [2.0] * count, False, 0.0, None,
-                            (0, *range(start, start + 2 * count)))
+        case = packed(normal(TOKENS, HIDDEN), bases, [name] * count, [MLP, HIDDEN] * count, [], a, b, [2.0] * count, False,
+                      dropout, torch.arange(count) if dropout else None, (0, *range(start, start + 2 * count)))
+        yield label, case
+        if label == "NF4 base":
+            yield "NF4 base, fp32 adapter", dataclasses.replace(case, fixed=tuple(range(start, start + 2 * count)))
+
+
+def huge() -> Iterator[tuple[str, Case]]:
+    """More than 2^31 elements of x, with and without dropout."""
+    base, a, b = [torch.empty(64, HUGE_WIDTH)], [torch.empty(RANK, HUGE_WIDTH)], [torch.empty(64, RANK)]
+    for label, dropout in (("plain", 0.0), ("dropout", 0.1)):
+        seed = torch.empty(1, dtype=torch.int64) if dropout else None
+        yield label, packed(torch.empty(HUGE_ROWS, HUGE_WIDTH), base, ["dense"], [64, HUGE_WIDTH], [], a, b, [2.0], False, dropout, seed, (0, 4, 5))
