@@ -39,16 +39,23 @@ def forward(gate, up, activate: Callable):
     return y
 
 
-def backward(dy, gate, up, activate: Callable, differentiate: Callable, output_mask):
+def backward(dy, gate, up, activate: Callable, differentiate: Callable, output_mask, both: Callable | None = None):
     """dgate = dy * up * activate'(gate), dup = dy * activate(gate).
 
-    `differentiate(grad, gate, out)` writes grad * activate'(gate); out may be grad.
+    `differentiate(grad, gate, out)` writes grad * activate'(gate); out may be grad. `both(gate, value, slope)`, where they
+    share work, writes activate(gate) and activate'(gate); it serves where both gradients are asked for.
     """
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if on else None for on in output_mask)
     if not gate.dim():
         dy, gate, up = dy.view(1), gate.view(1), up.view(1)
     grads, gates, ups = as_rows(dy), as_rows(gate), as_rows(up)
     for block in blocks(*gates.shape):
+        if both is not None and all(output_mask):
+            value, slope = dup.view(gates.shape)[block], dgate.view(gates.shape)[block]
+            both(gates[block], value, slope)
+            value.mul_(grads[block])
+            slope.mul_(ups[block]).mul_(grads[block])
+            continue
         if dup is not None:
             out = dup.view(gates.shape)[block]
             activate(gates[block], out)

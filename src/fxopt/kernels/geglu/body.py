@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
@@ -12,8 +13,28 @@ from fxopt.kernels import gated
 APPROXIMATIONS = ("none", "tanh")
 
 
+# gelu by tanh is x sigmoid(z), z = x (_LINEAR + _CUBIC x^2): 0.5 (1 + tanh(z / 2)) = sigmoid(z).
+_LINEAR = 2 * math.sqrt(2 / math.pi)
+_CUBIC = _LINEAR * 0.044715
+
+
 def _activate(approximate, x, out):
-    torch.ops.aten.gelu.out(x, approximate=approximate, out=out)
+    if approximate == "none" or x.element_size() == 2:
+        torch.ops.aten.gelu.out(x, approximate=approximate, out=out)
+    else:
+        torch.mul(x, x, out=out).mul_(_CUBIC).add_(_LINEAR).mul_(x).sigmoid_().mul_(x)
+
+
+def _both(x, value, slope):
+    """gelu by tanh and its derivative s (1 + x z' (1 - s)) from one sigmoid s. ATen's tanh takes eight times as long as its
+    sigmoid (3.2 and 0.4 ms on 1.6M elements, one thread), and its gelu_backward computes it again."""
+    torch.mul(x, x, out=value)
+    torch.mul(value, 3 * _CUBIC, out=slope).add_(_LINEAR).mul_(x)
+    value.mul_(_CUBIC).add_(_LINEAR).mul_(x)
+    slope.mul_(torch.sigmoid(-value)).add_(1)
+    value.sigmoid_()
+    slope.mul_(value)
+    value.mul_(x)
 
 
 def _differentiate(approximate, grad, x, out):
@@ -55,7 +76,8 @@ def forward_fake(gate, up, approximate):
 def backward(dy, gate, up, approximate, output_mask):
     """Gradients (dgate, dup) of `geglu`; None where the mask is off."""
     activate, differentiate = (functools.partial(fn, approximate) for fn in (_activate, _differentiate))
-    return gated.backward(dy, gate, up, activate, differentiate, output_mask)
+    both = _both if approximate == "tanh" and gate.element_size() > 2 else None
+    return gated.backward(dy, gate, up, activate, differentiate, output_mask, both)
 
 
 def backward_fake(dy, gate, up, approximate, output_mask):
