@@ -27,18 +27,18 @@ def key(seed: int) -> int:
 
 def random_bits(start: int, count: int, seed: int, device: torch.device) -> torch.Tensor:
     """16 random bits for each of the elements start, start + 1, ...: int32 [count]."""
-    word = torch.arange(start, start + count, device=device)
-    word = word.bitwise_xor_(key(seed)).bitwise_and_(_MASK)
-    word = word.bitwise_xor_(word >> 16).mul_(MIX1).bitwise_and_(_MASK)
-    word = word.bitwise_xor_(word >> 13).mul_(MIX2).bitwise_and_(_MASK)
-    return word.bitwise_xor_(word >> 16).bitwise_and_(0xFFFF).int()
+    # int32 products wrap around as unsigned ones do; its shifts bring in copies of the sign, which are masked off.
+    word = torch.arange(start, start + count, device=device).int().bitwise_xor_(key(seed))
+    word.bitwise_xor_((word >> 16).bitwise_and_(0xFFFF)).mul_(MIX1 - 2**32)
+    word.bitwise_xor_((word >> 13).bitwise_and_(0x7FFFF)).mul_(MIX2 - 2**32)
+    return word.bitwise_xor_(word >> 16).bitwise_and_(0xFFFF)
 
 
 def round_stochastically(x: torch.Tensor, dtype: torch.dtype, start: int, seed: int) -> torch.Tensor:
     """fp32 [n] to bf16 or fp16 [n]; NaN and infinity stay what they are.
 
     Random bits are added to the bits of the fraction that dtype does not have, which are then cut off. Numbers below the
-    normal ones of fp16 are equidistant: a random part of that distance is added before they are rounded to nearest.
+    normal ones of fp16 are equidistant: they are counted in that distance, and the count goes up or down.
 
     Args:
         x: fp32. start: index of x's first element in the buffer that `seed` belongs to.
@@ -47,5 +47,7 @@ def round_stochastically(x: torch.Tensor, dtype: torch.dtype, start: int, seed: 
     bits = x.view(torch.int32) + (noise & ((1 << cut) - 1))
     rounded = bits.bitwise_and_(-1 << cut).view(torch.float32)
     if dtype == torch.float16:
-        rounded = torch.where(x.abs() < SMALLEST_FP16, x + (noise * 2.0**-16 - 0.5) * STEP_FP16, rounded)
+        # 12 random bits: beside a count of under 1,024 they fit into fp32.
+        count = (x.abs() / STEP_FP16 + (noise >> 4) * 2.0**-12).floor_() * STEP_FP16
+        rounded = torch.where(x.abs() < SMALLEST_FP16, torch.where(x < 0, -count, count), rounded)
     return torch.where(x.isfinite(), rounded, x).to(dtype)

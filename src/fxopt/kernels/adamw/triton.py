@@ -35,8 +35,8 @@ def store_rounded(ptr, x, mask, index, key, STOCHASTIC: tl.constexpr):
         bits = x.to(tl.uint32, bitcast=True) + (noise & low)
         rounded = (bits & (0xFFFFFFFF - low)).to(tl.float32, bitcast=True)
         if dtype == tl.float16:
-            small = x + (noise.to(tl.float32) * (1.0 / 65536) - 0.5) * _STEP
-            rounded = tl.where(tl.abs(x) < _SMALLEST, small, rounded)
+            count = tl.floor(tl.abs(x) / _STEP + (noise >> 4).to(tl.float32) * (1.0 / 4096)) * _STEP
+            rounded = tl.where(tl.abs(x) < _SMALLEST, tl.where(x < 0, -count, count), rounded)
         x = tl.where(tl.abs(x) < float("inf"), rounded, x)
     tl.store(ptr, x.to(dtype), mask)
 
