@@ -14,6 +14,7 @@ from fxopt.errors import CheckError
 from fxopt.ir.formula import EVERYWHERE, Affine, All, AtLeastZero, Data, Not, inputs_of, said, simplify
 from fxopt.ir.masks import Reader, Unknown
 from fxopt.ir.program import Assumption, AtMost
+from fxopt.passes import verify
 from fxopt.passes.causal import Causal
 
 # with a mask input, without one: rules that fire, and how often
@@ -365,3 +366,17 @@ def test_a_wrong_rule_would_show() -> None:
         family("mistral").after("canonicalize").check(Careless())
     with pytest.raises(CheckError, match="differs"):
         attention(lookahead).check(Careless())
+
+
+def test_a_kept_mask_under_autocast_has_its_casts_said_before_heads_are_repeated() -> None:
+    captured = family("mistral", autocast=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        after = captured.after("canonicalize", Causal())
+        verify.check(Causal(), captured.program, after.program, captured.inputs, captured.state)
+    (node,) = after.calls("scaled_dot_product_attention")
+    assert node.args[3] is not None and all(source.meta["val"].dtype in (torch.bfloat16, torch.bool) for source in node.all_input_nodes)
+    chain = node.args[1]
+    while "to.dtype" not in str(chain.target):
+        assert chain.meta["val"].dtype == torch.bfloat16
+        chain = chain.args[0]
+    assert chain.args[0].meta["val"].dtype == torch.float32 and chain.meta["val"].shape[1] == 2  # the heads that are there, not their copies

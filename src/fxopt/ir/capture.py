@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 
 from fxopt.errors import CaptureError
 from fxopt.ir import meta, torch_patches
-from fxopt.ir.edit import copy_graph, inline_grad_modes, inputs_first, read_state
+from fxopt.ir.autocast import Casting, Casts, State
+from fxopt.ir.edit import copy_graph, inputs_first, read_state
 from fxopt.ir.program import Program, ShapeGuards, Signature, Slot
 from fxopt.ir.structure import opened
 
@@ -196,7 +197,7 @@ def _from_export(model: nn.Module, call: Call, exported: Any, returned: Returned
             constants[f"constant.{old.target}"] = _attribute(exported.graph_module, old.target)
             node.target = f"constant.{old.target}"
     inputs_first(graph, user)
-    inline_grad_modes(graph, constants)
+    inline_regions(graph, constants)
     output = next(reversed(graph.nodes))
     computed = iter(output.args[0])
     flat = [next(computed) if leaf is None else leaf[0] for leaf in returned.leaves]
@@ -206,6 +207,101 @@ def _from_export(model: nn.Module, call: Call, exported: Any, returned: Returned
     output.args = (tuple(flat),)
     signature = Signature(call.spec, call.leaves, returned.spec)
     return Program(graph, slots, signature, fake_mode, constants, training=model.training, grad=torch.is_grad_enabled())
+
+
+_GRAD_MODE, _AUTOCAST = torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast
+
+
+def inline_regions(graph: fx.Graph, constants: dict[str, Any]) -> None:
+    """Put the bodies of regions back into the flat graph: those without gradients, and those in which autocast differs.
+
+    What leaves a no_grad region is detached, which is the same thing to autograd: nothing inside gets a gradient. What
+    autocast casts in a region is cast by nodes. A region with an operator on which the autocast around it acts in
+    another way stays as it is: passes do not see into it.
+    """
+    kept: set[fx.Node] = set()
+    while found := [node for node in graph.nodes if node.op == "call_function" and node.target in (_GRAD_MODE, _AUTOCAST) and node not in kept]:
+        for node in found:
+            body, *args = (arg for arg in node.args[1 if node.target is _GRAD_MODE else 4 :])
+            inner = constants[body.target]
+            casts: dict[fx.Node, Casts] | None = {}
+            if node.target is _AUTOCAST:
+                names = {old.target: _attribute(inner, old.target) for old in inner.graph.nodes if old.op == "get_attr"}
+                inline_regions(inner.graph, names)
+                for name, value in names.items():
+                    _attach(inner, name, value)
+                casts = _casts(node, inner.graph)
+            if casts is None:
+                kept.add(node)
+            else:
+                _splice(graph, constants, node, body, args, casts, detach=node.target is _GRAD_MODE and not node.args[0])
+
+
+def _casts(region: fx.Node, body: fx.Graph) -> dict[fx.Node, Casts] | None:
+    """The casts of a region's operators, see `Casting`; None if one of them cannot leave it."""
+    inner = State.of(region)
+    mode = next((val.fake_mode for node in body.nodes for val in meta.tensors(node) if hasattr(val, "fake_mode")), None)
+    casting = Casting(inner, State.now(inner.device), mode)
+    found = {}
+    for node in body.nodes:
+        casts = casting.casts(node)
+        if casts is None:
+            return None
+        found[node] = casts
+    return found
+
+
+def _splice(graph: fx.Graph, constants: dict[str, Any], node: fx.Node, body: fx.Node, args: list[Any], casts: Mapping[fx.Node, Casts], detach: bool) -> None:
+    """Replace a region by its operators, each behind its casts. The cast of a weight is made once, as autocast keeps it."""
+    inner = constants[body.target]
+    env: dict[fx.Node, Any] = dict(zip((n for n in inner.graph.nodes if n.op == "placeholder"), args))
+    weights: dict[Any, fx.Node] = {}
+
+    def cast(source: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
+        x = env[source]
+        if (x, dtype) in weights:
+            return weights[x, dtype]
+        new = graph.call_function(aten.to.dtype, (x, dtype))
+        with meta.tensor(x).fake_mode:
+            new.meta = {**like.meta, "val": meta.tensor(x).to(dtype)}
+        new.meta[meta.PROVENANCE] = meta.from_capture(like)
+        if x.op == "get_attr":
+            weights[x, dtype] = new
+        return new
+
+    with graph.inserting_before(node):
+        for old in inner.graph.nodes:
+            if old.op in ("placeholder", "output"):
+                continue
+            now = {source: cast(source, dtype, old) for source, dtype in casts.get(old, {}).items()}
+            env[old] = graph.node_copy(old, lambda arg: now.get(arg, env[arg]))
+            env[old].meta = dict(old.meta)
+            env[old].meta[meta.PROVENANCE] = meta.from_capture(old)
+            if old.op == "get_attr":
+                name = f"{body.target}.{old.target}"
+                constants[name], env[old].target = _attribute(inner, old.target), name
+        results = next(reversed(inner.graph.nodes)).args[0]
+        outs = [env[result] for result in (results if isinstance(results, (tuple, list)) else [results])]
+        for i, out in enumerate(outs):
+            if detach and meta.tensor(out) is not None:
+                outs[i] = graph.call_function(aten.detach.default, (out,))
+                outs[i].meta = dict(out.meta)
+    for user in list(node.users):
+        user.replace_all_uses_with(outs[user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(node)
+    if not body.users:
+        graph.erase_node(body)
+
+
+def _attach(root: Any, path: str, value: Any) -> None:
+    """Set what `_attribute` reads. A name with dots that no submodule has is kept as one attribute."""
+    *parents, last = path.split(".")
+    for part in parents:
+        if not hasattr(root, part):
+            setattr(root, part, nn.Module())
+        root = getattr(root, part)
+    setattr(root, last, value)
 
 
 def _attribute(root: Any, path: str) -> Any:

@@ -46,53 +46,6 @@ def inputs_first(graph: fx.Graph, inputs: list[fx.Node]) -> None:
             first.prepend(node)
 
 
-def inline_grad_modes(graph: fx.Graph, constants: dict[str, Any]) -> None:
-    """Put the bodies of `no_grad` / `enable_grad` regions back into the flat graph.
-
-    What leaves a no_grad region is detached, which is the same thing to autograd: nothing inside gets a gradient.
-    """
-    hop = torch.ops.higher_order.wrap_with_set_grad_enabled
-    while True:
-        found = [node for node in graph.nodes if node.op == "call_function" and node.target is hop]
-        if not found:
-            return
-        for node in found:
-            enabled, body, *args = node.args
-            inner = constants[body.target]
-            env: dict[fx.Node, Any] = dict(zip((n for n in inner.graph.nodes if n.op == "placeholder"), args))
-            results: list[Any] = []
-            with graph.inserting_before(node):
-                for old in inner.graph.nodes:
-                    if old.op == "placeholder":
-                        continue
-                    if old.op == "output":
-                        results = list(old.args[0]) if isinstance(old.args[0], (tuple, list)) else [old.args[0]]
-                        continue
-                    env[old] = graph.node_copy(old, lambda arg: env[arg])
-                    env[old].meta = dict(old.meta)
-                    env[old].meta[meta.PROVENANCE] = meta.from_capture(old)
-                    if old.op == "get_attr":
-                        name = f"{body.target}.{old.target}"
-                        value = inner
-                        for part in old.target.split("."):
-                            value = getattr(value, part)
-                        constants[name], env[old].target = value, name
-                outs = []
-                for result in results:
-                    new = env[result]
-                    if not enabled and isinstance(new.meta.get("val"), torch.Tensor):
-                        inner_node = new
-                        new = graph.call_function(torch.ops.aten.detach.default, (inner_node,))
-                        new.meta = dict(inner_node.meta)
-                    outs.append(new)
-            for user in list(node.users):
-                user.replace_all_uses_with(outs[user.args[1]])
-                graph.erase_node(user)
-            graph.erase_node(node)
-            if not body.users:
-                graph.erase_node(body)
-
-
 def build_region(body: list[fx.Node], inputs: list[fx.Node], state: list[str], outputs: list[fx.Node],
                  program: Program) -> tuple[fx.Graph, dict[str, Any]]:
     """A graph of its own from some nodes of a program: placeholders for `inputs`, then for `state`; a tuple of `outputs`.

@@ -50,7 +50,7 @@ class Causal(Pass):
         for node in edit.nodes:
             if called(node, aten.scaled_dot_product_attention.default):
                 node = self._unmask(edit, reader, flow, node)
-                ungroup(edit, node)
+                say_casts(edit, ungroup(edit, node))
 
     def _unmask(self, edit: Edit, reader: Reader, flow: Flow, node: fx.Node) -> fx.Node:
         given = arguments(node)
@@ -92,6 +92,25 @@ class Causal(Pass):
         return new
 
 
+_LAYOUT = (aten.unsqueeze.default, aten.expand.default, aten.reshape.default, aten.view.default, aten.transpose.int)
+
+
+def say_casts(edit: Edit, node: fx.Node) -> None:
+    """Cast the inputs of an attention as autocast does, before they are laid out and repeated: rotations then see that
+    their result is wanted in few bits."""
+    dtype = meta.tensor(node).dtype
+    new = {x: _cast(edit, x, dtype, node) for x in node.all_input_nodes if meta.tensor(x).is_floating_point() and meta.tensor(x).dtype != dtype}
+    if new:
+        edit.set_args(node, *fx.node.map_arg((node.args, node.kwargs), lambda x: new.get(x, x)))
+        edit.rewrote(rule_here("said casts"), node)
+
+
+def _cast(edit: Edit, x: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
+    if called(x, *_LAYOUT) and len(x.users) == 1:
+        return edit.call(x.target, (_cast(edit, x.args[0], dtype, like), *x.args[1:]), dict(x.kwargs), like=like)
+    return edit.call(aten.to.dtype, (x, dtype), like=like)
+
+
 def attention(edit: Edit, like: fx.Node, sources: tuple[fx.Node, ...], causal: bool, options: Mapping[str, Any]) -> fx.Node:
     """Attention without a mask in place of `like`. Under autocast its inputs have several dtypes: cast as autocast does."""
     dtype = meta.tensor(like).dtype
@@ -131,8 +150,8 @@ def without_windows(edit: Edit, formula: Formula, key: fx.Node) -> tuple[Formula
     return kept[0] if len(kept) == 1 else All(kept), [AtMost(leaf.name, dim, size)]
 
 
-def ungroup(edit: Edit, node: fx.Node) -> None:
-    """Attention without a mask takes grouped keys and values as they are.
+def ungroup(edit: Edit, node: fx.Node) -> fx.Node:
+    """Attention without a mask takes grouped keys and values as they are. Returns the attention.
 
     On CPU the kernel is the same and the copies go. On other devices only the 16-bit kernel without a mask takes
     grouped heads; any other would fall back to one that holds all scores.
@@ -140,17 +159,18 @@ def ungroup(edit: Edit, node: fx.Node) -> None:
     given = arguments(node)
     query = meta.tensor(given["query"])
     if query.device.type != "cpu" and query.dtype.itemsize > 2:
-        return
+        return node
     if given.get("attn_mask") is not None or given.get("enable_gqa"):
-        return
+        return node
     key, value = (repeated(strip(given[name])) for name in ("key", "value"))
     if key is None or value is None:
-        return
+        return node
     if not meta.same_size(meta.tensor(key).shape[1], meta.tensor(value).shape[1]):
-        return
+        return node
     new = attention(edit, node, (given["query"], key, value), given.get("is_causal", False), {**_options(given), "enable_gqa": True})
     edit.replace(node, new, rule=rule_here("grouped heads"))
     edit.erase(node)
+    return new
 
 
 def repeated(node: Any) -> fx.Node | None:

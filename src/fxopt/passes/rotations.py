@@ -22,6 +22,7 @@ _ROPE = rope.overload
 
 def tidy(edit: Edit) -> None:
     """Bring the rotations of a graph into the form that costs least."""
+    edit.dead()  # earlier passes leave readers that nobody reads
     merge_equal(edit)  # tables that two patterns made of one
     widen(edit)
     narrow(edit)
