@@ -47,6 +47,13 @@ def test_a_cast_that_is_none_is_the_input_itself() -> None:
     assert result is edit.nodes[0] and not made
 
 
+def test_numbers_stay_what_they_are() -> None:
+    program = function(torch.relu, data(2, 8)).program
+    edit = Edit(program, by="test")
+    result, _ = emit(edit, lambda x, factor: x * factor, [edit.nodes[0], 1.7], edit.nodes[-1])
+    assert result.args == (edit.nodes[0], 1.7)
+
+
 def test_a_function_that_reads_a_size_is_refused() -> None:
     with pytest.raises(PassError, match="reads a size"):
         emitted(lambda x: x.new_zeros(x.shape[0], 4), data(3, 8))

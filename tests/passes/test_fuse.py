@@ -128,6 +128,17 @@ def test_gated_units(up: str) -> None:
     assert ops(fused(both, X, w=weight(8, 12), v=weight(8, 12, seed=2))) == {"swiglu": 1}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_clamped_gate_with_a_factor_in_its_sigmoid(dtype: torch.dtype) -> None:
+    def clamped(x, w, v):
+        gate, up = (x @ w).clamp(max=2.0), (x @ v).clamp(-2.0, 2.0)
+        return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+
+    captured = fused(clamped, data(2, 6, 8, dtype=dtype), w=weight(8, 12, dtype=dtype), v=weight(8, 12, dtype=dtype, seed=2))
+    got = only(captured, "swiglu")
+    assert (got["gate"].args[1], got["up"].args[1]) == (1.702, 1.702)
+
+
 def test_gelu_keeps_its_form() -> None:
     for approximate in ("none", "tanh"):
         captured = fused(lambda x, w: F.gelu(x @ w, approximate=approximate) * (x @ w), X, w=weight(8, 12))
@@ -240,6 +251,18 @@ def test_pairs_that_become_halves() -> None:
     assert str(got["q"].target) == "aten.cat.default" and got["half_tables"] and not got["interleaved"]
 
 
+def test_a_rotation_the_other_way() -> None:
+    def back(x):
+        return torch.cat((x[..., 4:], -x[..., :4]), dim=-1)
+
+    def both(x, q, k, cos, sin):
+        turned = rope_of(q, cos, sin, back), rope_of(k, cos, sin, back)
+        return turned[0] + x.sum(), turned[1]
+
+    got = only(fused(both, X, q=Q, k=K, **TABLES), "rope")
+    assert str(got["sin"].target) == "aten.neg.default" and got["k"].target == "k"
+
+
 LOW = {"q": weight(2, 4, 5, 8, dtype=torch.bfloat16), "k": weight(2, 2, 5, 8, dtype=torch.bfloat16, seed=1)}
 
 
@@ -302,10 +325,10 @@ def test_near_misses(name: str) -> None:
 
 
 def test_rotation_near_misses() -> None:
-    def sign(x):
-        return torch.cat((x[..., 4:], -x[..., :4]), dim=-1)
+    def signs(x):
+        return torch.cat((-x[..., 4:], -x[..., :4]), dim=-1)
 
-    for rotate in (sign, lambda x: rotate_half(x, 3)):
+    for rotate in (signs, lambda x: rotate_half(x, 3)):
         captured = fused(lambda x, q, cos, sin: rope_of(q, cos, sin, rotate) + x.sum(), X, q=Q, **TABLES)
         assert not ops(captured) and captured.misses
 

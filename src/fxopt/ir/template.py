@@ -76,16 +76,20 @@ def trace(fn: Callable[..., torch.Tensor], inputs: Mapping[str, torch.Tensor], s
     return Template(dict(zip(inputs, holders)), result, sum(node.op == "call_function" for node in nodes))
 
 
-def emit(edit: Edit, fn: Callable[..., torch.Tensor], inputs: Sequence[fx.Node], like: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+def emit(edit: Edit, fn: Callable[..., torch.Tensor], inputs: Sequence[fx.Node | float], like: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     """Put the operators of `fn(*inputs)` into a graph, in front of `like`. Returns the result and what was made.
+
+    Args:
+        inputs: nodes, and numbers that stay what they are.
 
     Raises:
         PassError: `fn` reads a size that is not known.
     """
     sizes = Sizes()
-    examples = [sizes.example(meta.tensor(node)) for node in inputs]
-    template = _template(fn, tuple((tuple(example.shape), example.dtype) for example in examples))
-    env = dict(zip(template.inputs.values(), inputs))
+    nodes = [each for each in inputs if isinstance(each, fx.Node)]
+    examples = (sizes.example(meta.tensor(each)) if isinstance(each, fx.Node) else each for each in inputs)
+    template = _template(fn, tuple((tuple(each.shape), each.dtype) if isinstance(each, torch.Tensor) else each for each in examples))
+    env = dict(zip(template.inputs.values(), nodes))
     made: list[fx.Node] = []
     for node in template.output.graph.nodes:
         if node.op != "call_function":
@@ -99,8 +103,16 @@ def emit(edit: Edit, fn: Callable[..., torch.Tensor], inputs: Sequence[fx.Node],
 
 
 @functools.cache
-def _template(fn: Callable[..., torch.Tensor], types: tuple[tuple[tuple[int, ...], torch.dtype], ...]) -> Template:
-    return trace(fn, {str(i): torch.empty(shape, dtype=dtype, device="meta") for i, (shape, dtype) in enumerate(types)}, {})
+def _template(fn: Callable[..., torch.Tensor], inputs: tuple[tuple[tuple[int, ...], torch.dtype] | float, ...]) -> Template:
+    """`fn` of tensors of these types, and of these numbers."""
+
+    def of_tensors(*tensors: torch.Tensor) -> torch.Tensor:
+        rest = iter(tensors)
+        return fn(*(next(rest) if isinstance(each, tuple) else each for each in inputs))
+
+    of_tensors.__name__ = fn.__name__
+    types = [each for each in inputs if isinstance(each, tuple)]
+    return trace(of_tensors, {str(i): torch.empty(shape, dtype=dtype, device="meta") for i, (shape, dtype) in enumerate(types)}, {})
 
 
 class Sizes:

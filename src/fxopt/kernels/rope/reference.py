@@ -51,6 +51,10 @@ def _half(x, cos, sin, *, half):
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
+def _half_back(x, cos, sin, *, half):
+    return x * cos + torch.cat((x[..., half:], -x[..., :half]), dim=-1) * sin
+
+
 def _half_chunk(x, cos, sin):
     first, second = torch.chunk(x, 2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
@@ -112,6 +116,10 @@ def _firsts_then_seconds(x, cos):
     return torch.cat((x[..., ::2], x[..., 1::2]), dim=-1).to(cos.dtype)
 
 
+def _negative(sin):
+    return -sin
+
+
 def _cos_of(turns):
     return torch.view_as_real(turns).select(-1, 0)
 
@@ -163,7 +171,7 @@ def _check_half_promoted(bound):
     return _check_promoted(bound, _check_half)
 
 
-def _pattern(fn, interleaved, half_tables, dtype=torch.float32, table=torch.float32, scalar=True, promoted=False, q=None):
+def _pattern(fn, interleaved, half_tables, dtype=torch.float32, table=torch.float32, scalar=True, promoted=False, q=None, sin=None):
     width, low = 11 if half_tables else 22, {torch.float32: "", _LOW: "_low"}
     checks = (_check_full_promoted, _check_half_promoted) if promoted else (_check_full, _check_half)
     return Pattern(
@@ -175,7 +183,7 @@ def _pattern(fn, interleaved, half_tables, dtype=torch.float32, table=torch.floa
             "q": q or (Apply(_as_tables, ("x", "cos")) if promoted else Bind("x")),
             "k": None,
             "cos": Bind("cos"),
-            "sin": Bind("sin"),
+            "sin": sin or Bind("sin"),
             "interleaved": interleaved,
             "half_tables": half_tables,
         },
@@ -188,10 +196,12 @@ def _promoted(fn, interleaved, half_tables, **more):
     return _pattern(fn, interleaved, half_tables, dtype=_LOW, promoted=True, **more)
 
 
+_BACK = Apply(_negative, ("sin",))
 _REORDERED = Apply(_firsts_then_seconds, ("x", "cos"))
 
 PATTERNS = (
     _pattern(_half, False, False),
+    _pattern(_half_back, False, False, sin=_BACK),
     _pattern(_half_chunk, False, False, scalar=False),
     _pattern(_half_wide, False, False, dtype=_LOW),
     _pattern(_half_wide, False, False, dtype=_LOW, table=_LOW),
@@ -204,6 +214,7 @@ PATTERNS = (
     _pattern(_pairs_split, True, True, scalar=False),
     _pattern(_pairs_to_halves, False, True, scalar=False, q=_REORDERED),
     _promoted(_half, False, False),
+    _promoted(_half_back, False, False, sin=_BACK),
     _promoted(_half_chunk, False, False, scalar=False),
     _promoted(_half_split, False, True),
     _promoted(_half_split_chunk, False, True, scalar=False),
