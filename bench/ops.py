@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.catalog import CATALOG
+from fxopt.kernels.in_place import InPlaceOp
 from fxopt.kernels.op import Case, FusedOp
 from fxopt.runtime.memory import peak_bytes, reset_peak, resident_bytes
 
@@ -50,9 +51,13 @@ def step(call: Callable[..., Any], row: Row) -> tuple[float, list[Tensor], list[
         arg.detach().requires_grad_(True) if place in row.case.grads else arg for place, arg in enumerate(row.case.args)
     ]
     torch.manual_seed(1)
+    given, in_place = row.case.packed(args), isinstance(call, InPlaceOp)
+    if in_place:  # Nobody copies what an optimizer writes.
+        given = call.copies(given)
     start = time.perf_counter()
-    outputs = [out for out in call(*row.case.packed(args)) if isinstance(out, Tensor)]
+    results = call.overload(*given) if in_place else call(*given)
     forward = time.perf_counter() - start
+    outputs = [out for out in (call.results(given) if in_place else results) if isinstance(out, Tensor)]
     upstream = [torch.randn(out.shape, dtype=out.dtype) for out in outputs]  # The same for any strides.
     start = time.perf_counter()
     if row.case.grads:

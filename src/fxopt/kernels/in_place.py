@@ -25,11 +25,15 @@ class InPlaceOp(FusedOp):
 
     results: Callable[[Sequence[object]], tuple[torch.Tensor, ...]] = tuple
 
-    def __call__(self, *args: object) -> tuple[torch.Tensor, ...]:
+    def copies(self, args: Sequence[object]) -> list[object]:
+        """The arguments, with copies of those that the op writes."""
         written = [argument.alias_info is not None for argument in self.overload._schema.arguments]
-        args = tuple(arg.detach().clone() if w else arg for arg, w in zip(args, written, strict=True))
-        self.overload(*args)
-        return tuple(self.results(args))
+        return [arg.detach().clone() if w else arg for arg, w in zip(args, written, strict=True)]
+
+    def __call__(self, *args: object) -> tuple[torch.Tensor, ...]:
+        copies = self.copies(args)
+        self.overload(*copies)
+        return tuple(self.results(copies))
 
 
 def register_in_place(op: InPlaceOp) -> InPlaceOp:
