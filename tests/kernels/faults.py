@@ -94,6 +94,15 @@ def _layer_constant_mean(x, weight, bias, eps):
     return (y if bias is None else y + bias,)
 
 
+def _without_path(op, place):
+    """The gradient that comes in through one of the results is lost."""
+    return lambda *args: tuple(out.detach() if i == place else out for i, out in enumerate(op(*args)))
+
+
+def _norm_of_x_alone(norm):
+    return lambda x, residual, *rest: (*norm(x, *rest), x + residual)
+
+
 def _rope_inverse_gradient(q, k, cos, sin, interleaved, half_tables):
     class Inverse(torch.autograd.Function):
         @staticmethod
@@ -172,8 +181,19 @@ def _common(op, place=0):
     }
 
 
+def _sums(op, norm):
+    return _common(op) | {
+        "residual gradient lost": without_gradient(op, 1),
+        "gradient of the norm lost": _without_path(op, 0),
+        "gradient of the sum lost": _without_path(op, 1),
+        "residual not added": _norm_of_x_alone(norm),
+        "results swapped": lambda *args: op(*args)[::-1],
+    }
+
+
 def _faults():
     rms, layer, swiglu, geglu, rope = (OPS[name] for name in ("rms_norm", "layer_norm", "swiglu", "geglu", "rope"))
+    add_rms, add_layer = OPS["add_rms_norm"], OPS["add_layer_norm"]
     lora, loss = OPS["lora_linear"], OPS["linear_cross_entropy"]
     adamw, adamw_8bit = OPS["adamw_"], OPS["adamw_8bit_"]
     none = lambda value: None  # noqa: E731
@@ -194,6 +214,17 @@ def _faults():
             "bias ignored": with_argument(layer, 2, none),
             "weight gradient lost": without_gradient(layer, 1),
             "bias gradient lost": without_gradient(layer, 2),
+        },
+        "add_rms_norm": _sums(add_rms, rms)
+        | {
+            "offset ignored": with_argument(add_rms, 4, lambda offset: 0.0),
+            "weight gradient lost": without_gradient(add_rms, 2),
+        },
+        "add_layer_norm": _sums(add_layer, layer)
+        | {
+            "eps ignored": with_argument(add_layer, 4, lambda eps: 0.0),
+            "weight gradient lost": without_gradient(add_layer, 2),
+            "bias gradient lost": without_gradient(add_layer, 3),
         },
         "swiglu": _common(swiglu)
         | {

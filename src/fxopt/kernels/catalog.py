@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fxopt.kernels.add_layer_norm import OP as add_layer_norm
+from fxopt.kernels.add_rms_norm import OP as add_rms_norm
 from fxopt.kernels.adamw import OP as adamw
 from fxopt.kernels.adamw_8bit import OP as adamw_8bit
 from fxopt.kernels.dequantize import OP as dequantize
@@ -19,6 +21,8 @@ from fxopt.kernels.swiglu import OP as swiglu
 CATALOG: tuple[FusedOp, ...] = (
     rms_norm,
     layer_norm,
+    add_rms_norm,
+    add_layer_norm,
     swiglu,
     geglu,
     rope,

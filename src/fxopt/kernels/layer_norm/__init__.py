@@ -1,4 +1,4 @@
-"""`fxopt::layer_norm`: reference.py (plain form, patterns), body.py (ATen), cases.py (test inputs)."""
+"""`fxopt::layer_norm`: reference.py (plain form, patterns), body.py (ATen), triton.py (CUDA), cases.py (test inputs)."""
 
 from fxopt.kernels.layer_norm import body, reference
 from fxopt.kernels.op import FusedOp, Kernel, register
@@ -8,6 +8,7 @@ _BACKWARD = Kernel(
     "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
     body=body.backward,
     fake=body.backward_fake,
+    cuda="fxopt.kernels.layer_norm.triton:backward",
 )
 
 
@@ -23,6 +24,7 @@ OP = register(
             "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
             body=body.forward,
             fake=body.forward_fake,
+            cuda="fxopt.kernels.layer_norm.triton:forward",
         ),
         reference=reference.layer_norm,
         backward=_BACKWARD,

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from hypothesis import strategies as st
 
-from fxopt.kernels.cases import HIDDEN, HUGE_ROWS, HUGE_WIDTH, TOKENS, dtypes, leading, normal, seeds, subset, tensors, widths
+from fxopt.kernels.cases import HIDDEN, TOKENS, dtypes, leading, normal, seeds, subset, tensors, widths
 from fxopt.kernels.op import Case
+from fxopt.kernels.rms_norm.cases import WIDE, huge_rows
 
 
 @st.composite
@@ -26,8 +27,11 @@ def rows() -> Iterator[tuple[str, Case]]:
     args = (normal(TOKENS, HIDDEN), torch.ones(HIDDEN), torch.zeros(HIDDEN), 1e-5)
     yield "", Case(args, (0,))
     yield "trained weight", Case(args, (0, 1, 2))
+    for width in WIDE:
+        yield f"{width} columns", Case((normal(64, width), torch.ones(width), torch.zeros(width), 1e-5), (0, 1, 2))
 
 
 def huge() -> Iterator[tuple[str, Case]]:
-    """Many wide rows."""
-    yield "", Case((torch.empty(HUGE_ROWS, HUGE_WIDTH), torch.empty(HUGE_WIDTH), torch.empty(HUGE_WIDTH), 1e-5), (0, 1, 2))
+    """As for `rms_norm`."""
+    for label, x in huge_rows():
+        yield label, Case((x, *(torch.empty(x.shape[-1]) for _ in range(2)), 1e-5), (0, 1, 2))

@@ -1,4 +1,4 @@
-"""`fxopt::rms_norm`: reference.py (plain form, patterns), body.py (ATen), cases.py (test inputs)."""
+"""`fxopt::rms_norm`: reference.py (plain form, patterns), body.py (ATen), triton.py (CUDA), cases.py (test inputs)."""
 
 from fxopt.kernels.op import FusedOp, Kernel, register
 from fxopt.kernels.rms_norm import body, reference
@@ -8,6 +8,7 @@ _BACKWARD = Kernel(
     "bool[2] output_mask) -> (Tensor, Tensor)",
     body=body.backward,
     fake=body.backward_fake,
+    cuda="fxopt.kernels.rms_norm.triton:backward",
 )
 
 
@@ -25,6 +26,7 @@ OP = register(
             "rms_norm(Tensor x, Tensor? weight, float eps, float offset, str casting) -> (Tensor, Tensor)",
             body=body.forward,
             fake=body.forward_fake,
+            cuda="fxopt.kernels.rms_norm.triton:forward",
         ),
         reference=reference.rms_norm,
         backward=_BACKWARD,

@@ -40,26 +40,35 @@ def forward(x, weight, eps, offset, casting):
 
     Source: Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467.
     """
-    acc, width, dtype = wide(x.dtype), x.shape[-1], output_dtype(x, weight, casting)
-    rows = as_rows(x)
+    rows, dtype = as_rows(x), output_dtype(x, weight, casting)
     y = torch.empty(rows.shape, dtype=dtype, device=x.device)
-    rstd = torch.empty(rows.shape[0], dtype=acc, device=x.device)
-    two_roundings = casting == "cast_then_scale"
-    scale = None if weight is None else _scale(weight, offset, weight.dtype if two_roundings else acc)
+    rstd = torch.empty(rows.shape[0], dtype=wide(x.dtype), device=x.device)
+    normalize = normalizer(x, weight, eps, offset, casting)
     for block in blocks(*rows.shape):
-        part, r = rows[block].to(acc), rstd[block]
+        normalize(rows[block], y[block], rstd[block])
+    return y.view(x.shape), rstd.view(x.shape[:-1])
+
+
+def normalizer(x, weight, eps, offset, casting):
+    """The forward of rows like those of x: a function of (a block of rows, its room in y, its room in rstd)."""
+    acc, width, two_roundings = wide(x.dtype), x.shape[-1], casting == "cast_then_scale"
+    scale = None if weight is None else _scale(weight, offset, weight.dtype if two_roundings else acc)
+
+    def normalize(block, y, r):
+        part = block.to(acc)
         torch.linalg.vector_norm(part, dim=-1, out=r)
         r.square_().div_(width).add_(eps).rsqrt_()
-        if acc == dtype == x.dtype:
-            out = torch.mul(part, r.unsqueeze(1), out=y[block])
+        if acc == y.dtype == x.dtype:
+            torch.mul(part, r.unsqueeze(1), out=y)
             if scale is not None:
-                out.mul_(scale)
-            continue
+                y.mul_(scale)
+            return
         xhat = part * r.unsqueeze(1)
         if scale is not None:
             xhat = (xhat.to(x.dtype) if two_roundings else xhat) * scale
-        y[block].copy_(xhat)
-    return y.view(x.shape), rstd.view(x.shape[:-1])
+        y.copy_(xhat)
+
+    return normalize
 
 
 def _scale(weight, offset, dtype):
@@ -85,8 +94,14 @@ def backward(dy, x, weight, rstd, offset, output_mask):
     Returns:
         dx [..., d] in x's dtype and dweight [d] in weight's dtype; None where the mask is off.
     """
+    return add_backward(dy, None, x, weight, rstd, offset, output_mask)
+
+
+def add_backward(dy, dsum, x, weight, rstd, offset, output_mask):
+    """`backward`, with dsum added to dx where it is not None."""
     acc, width = wide(x.dtype), x.shape[-1]
     rows, grads, r_all = as_rows(x), as_rows(dy), rstd.reshape(rows_of(x))
+    others = None if dsum is None else as_rows(dsum)
     scale = None if weight is None else _scale(weight, offset, acc)
     dx = torch.empty(rows.shape, dtype=x.dtype, device=x.device) if output_mask[0] else None
     dweight = torch.zeros(width, dtype=acc, device=x.device) if output_mask[1] else None
@@ -105,6 +120,8 @@ def backward(dy, x, weight, rstd, offset, output_mask):
         else:
             torch.mul(grad, scale, out=out).mul_(r.unsqueeze(1))
         out.addcmul_(part, pull.unsqueeze(1))
+        if others is not None:
+            out.add_(others[block])
         if out is product:
             dx[block].copy_(product)
     return (
