@@ -66,32 +66,42 @@ def backward(dy, x, weight, bias, mean, rstd, output_mask):
     """Gradients of `layer_norm`: dx in x's dtype, dweight and dbias [d] in theirs, None where the
     mask is off. weight and bias gradients are summed over rows in fp32 (fp64 for fp64 x).
     """
-    acc, width, mask = wide(x.dtype), x.shape[-1], output_mask
+    acc, width, mask = wide(x.dtype), x.shape[-1], list(output_mask)
     w, b = _widen(x, acc, weight, bias)
-    # The native CPU kernel adds up dweight and dbias in x's dtype: in bf16, 70% off over 4,096 rows of one sign.
-    if _direct(x, acc) and (x.dtype == acc or not any(mask[1:])):
-        dx, dweight, dbias = _native_backward(dy, x, [width], mean.unsqueeze(-1), rstd.unsqueeze(-1), w, b, mask)
-        if x.dtype == acc and (weight is None or weight is w) and (bias is None or bias is b):
-            return dx, dweight, dbias
-    else:
-        rows, grads, count = as_rows(x), as_rows(dy), rows_of(x)
-        m_all, r_all = mean.reshape(count, 1), rstd.reshape(count, 1)
-        dx = torch.empty(rows.shape, dtype=x.dtype, device=x.device) if mask[0] else None
-        dweight, dbias = (torch.zeros(width, dtype=acc, device=x.device) if on else None for on in mask[1:])
-        for block in blocks(*rows.shape):
-            parts = _native_backward(
-                grads[block].to(acc), rows[block].to(acc), [width], m_all[block], r_all[block], w, b, mask
-            )
-            if mask[0]:
-                dx[block].copy_(parts[0])
-            for total, part in ((dweight, parts[1]), (dbias, parts[2])):
-                if total is not None:
-                    total.add_(part)
+    dx = dweight = dbias = None
+    if _direct(x, acc):
+        # The native CPU kernel adds up dweight and dbias in x's dtype: in bf16, 70% off over 4,096 rows of one sign.
+        now = mask if x.dtype == acc else [mask[0], False, False]
+        if any(now):
+            dx, dweight, dbias = _native_backward(dy, x, [width], mean.unsqueeze(-1), rstd.unsqueeze(-1), w, b, now)
+        mask = [on and not done for on, done in zip(mask, now, strict=True)]
+    if any(mask):
+        sums = _in_blocks(dy, x, w, b, mean, rstd, mask)
+        dx, dweight, dbias = (old if new is None else new for old, new in zip((dx, dweight, dbias), sums, strict=True))
     return (
-        dx.view(x.shape) if mask[0] else None,
-        dweight.to(weight.dtype) if mask[1] else None,
-        dbias.to(bias.dtype) if mask[2] else None,
+        dx,
+        None if dweight is None else dweight.to(weight.dtype),
+        None if dbias is None else dbias.to(bias.dtype),
     )
+
+
+def _in_blocks(dy, x, weight, bias, mean, rstd, mask):
+    """`backward` on rows that are widened block by block: dx in x's dtype, the sums over rows wide."""
+    acc, width, count = wide(x.dtype), x.shape[-1], rows_of(x)
+    rows, grads = as_rows(x), as_rows(dy)
+    means, rstds = mean.reshape(count, 1), rstd.reshape(count, 1)
+    dx = torch.empty(rows.shape, dtype=x.dtype, device=x.device) if mask[0] else None
+    totals = [torch.zeros(width, dtype=acc, device=x.device) if on else None for on in mask[1:]]
+    for block in blocks(*rows.shape):
+        part, *sums = _native_backward(
+            grads[block].to(acc), rows[block].to(acc), [width], means[block], rstds[block], weight, bias, mask
+        )
+        if dx is not None:
+            dx[block].copy_(part)
+        for total, new in zip(totals, sums, strict=True):
+            if total is not None:
+                total.add_(new)
+    return None if dx is None else dx.view(x.shape), *totals
 
 
 def backward_fake(dy, x, weight, bias, mean, rstd, output_mask):
