@@ -115,7 +115,8 @@ def fit(
         data: batches; passed over again for each epoch, so more than one epoch needs more than an iterator.
         steps: optimizer steps to run. Give this or `epochs`.
         epochs: passes over `data`, which must then have a length.
-        optimizer: default AdamW without weight decay, with `lr`. Its groups' rates are what `schedule` multiplies.
+        optimizer: default AdamW without weight decay, with `lr`. Any of torch's, or `fxopt.runtime.optim.AdamW` for averages
+            of 8 bits. Its groups' rates are what `schedule` multiplies.
         lr: learning rate of the default optimizer, 2e-4.
         schedule: `constant`, `linear`, `cosine`, or a function from finished steps to a factor.
         warmup: steps over which a named schedule rises from 0.
