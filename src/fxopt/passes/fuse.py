@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 import torch.fx as fx
 
-from fxopt.errors import PassError
+from fxopt.errors import CheckError, PassError
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit
-from fxopt.ir.index import Flow, same_strides, static, viewed
+from fxopt.ir.index import Flow, called, same_strides, static, viewed
 from fxopt.ir.pattern import Match, Matcher, Near
 from fxopt.ir.template import emit, without_autocast
 from fxopt.kernels.catalog import CATALOG
@@ -187,21 +187,27 @@ def _unproven(op: FusedOp, pattern: Pattern, dtypes: tuple[torch.dtype, ...]) ->
         by_name = pattern.bind({**{name: change(value) for name, value in inputs.items()}, **pattern.scalars})
         return [by_name[argument.name] for argument in op.overload._schema.arguments]
 
-    eager = pattern.fn(*inputs.values(), **pattern.scalars)
-    got = op(*bind(lambda value: value))[pattern.output]
     said = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    try:
+        eager = pattern.fn(*inputs.values(), **pattern.scalars)
+        got = op(*bind(lambda value: value))[pattern.output]
+    except (RuntimeError, CheckError) as error:  # some operators take inputs of one dtype only
+        return f"inputs of {said} are refused: {str(error).splitlines()[0]}"
     if got.dtype != eager.dtype:
         return f"for inputs of {said} the op returns {got.dtype}, not {eager.dtype}"
     truth = op.reference(*bind(lambda value: value.to(torch.complex128 if value.is_complex() else torch.float64)))[pattern.output]
     error = eager_error(eager, truth, torch.float32)
     return None if excess(got, truth, error) <= 0 else f"for inputs of {said} the op rounds more than this does"
 
+_ARITHMETIC = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor, torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor)
+
 
 def _report(edit: Edit, nears: list[tuple[Near, Rule]]) -> None:
-    """Keep the nearest miss at each place where no rule fired and at least half of a pattern fits."""
+    """Keep the nearest miss at each place where no rule fired and at least half of a pattern fits, sums and products not alone."""
     alive = set(edit.nodes)
     taken: set[fx.Node] = set()
-    worth = [(near, rule) for near, rule in nears if near.score >= min(3, rule.matcher.sketch.size) and 2 * near.score > rule.matcher.sketch.size and near.nodes <= alive]
+    worth = [(near, rule) for near, rule in nears if near.score >= min(3, rule.matcher.sketch.size) and 2 * near.score > rule.matcher.sketch.size
+             and near.nodes <= alive and not all(called(node, *_ARITHMETIC) for node in near.nodes)]
     for near, rule in sorted(worth, key=lambda item: (-item[0].score / item[1].matcher.sketch.size, -item[0].score)):
         if not near.nodes & taken:
             taken |= near.nodes

@@ -153,6 +153,8 @@ def compare(model: nn.Module, expected: Step, found: Step, what: str, rounding: 
     worst, place = 0.0, "nothing"
     # a gradient is no better than the coarsest dtype that it may have passed through
     dtypes = {t.dtype for t in (*model.parameters(), *model.buffers(), *_tensors(expected.outputs)) if t.is_floating_point()} or {torch.float32}
+    devices = {t.device.type for t in (*model.parameters(), *_tensors(expected.outputs))}
+    dtypes |= {torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
     coarsest = max(SELF_CHECK.get(dtype, 0.0) for dtype in dtypes)
     floor = max(SELF_CHECK_FLOOR, SELF_CHECK_ROUNDINGS * max(torch.finfo(dtype).eps for dtype in dtypes))
     total = max([float(g.double().norm()) for g in expected.gradients.values() if g is not None] or [0.0])

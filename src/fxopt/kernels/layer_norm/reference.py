@@ -32,6 +32,14 @@ def _native_bare_wide(x, *, eps, width):
     return F.layer_norm(x.to(torch.float32), (width,), None, None, eps).to(x.dtype)
 
 
+def _native_wide(x, weight, bias, *, eps, width):
+    return F.layer_norm(x.to(torch.float32), (width,), weight.to(torch.float32), bias.to(torch.float32), eps).to(x.dtype)
+
+
+def _native_wide_no_bias(x, weight, *, eps, width):
+    return F.layer_norm(x.to(torch.float32), (width,), weight.to(torch.float32), None, eps).to(x.dtype)
+
+
 def _moments_scale_wide(x, weight, *, eps):
     x_wide = x.to(torch.float32)
     mean = x_wide.mean(-1, keepdim=True)
@@ -92,6 +100,8 @@ PATTERNS = (
     _pattern(_native_no_bias, "weight"),
     _pattern(_native_bare),
     _pattern(_native_bare_wide, dtype=torch.bfloat16),
+    _pattern(_native_wide, "weight", "bias", dtype=torch.bfloat16),
+    _pattern(_native_wide_no_bias, "weight", dtype=torch.bfloat16),
     _pattern(_moments_scale_wide, "weight"),
     _pattern(_moments_scale_wide, "weight", dtype=torch.bfloat16),
     _pattern(_moments_affine, "weight", "bias"),

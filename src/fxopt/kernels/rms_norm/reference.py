@@ -95,6 +95,18 @@ def _square_cast_scale(x, weight, *, eps):
     return weight * xhat.type_as(x)
 
 
+def _plain_rsqrt(x, weight, *, eps):
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def _plain_rsqrt_no_weight(x, *, eps):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def _plain_divide(x, weight, *, eps):
+    return weight * (x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
 def _native(x, weight, *, eps, width):
     return F.rms_norm(x, (width,), weight, eps)
 
@@ -105,6 +117,10 @@ def _native_no_weight(x, *, eps, width):
 
 def _native_default_eps(x, weight, *, width):
     return F.rms_norm(x, (width,), weight)
+
+
+def _native_default_eps_no_weight(x, *, width):
+    return F.rms_norm(x, (width,))
 
 
 def _check(bound):
@@ -119,8 +135,8 @@ def _check(bound):
 
 
 def _check_default_eps(bound):
-    # The default is the epsilon of the dtype; the constant below is that of fp32.
-    return _check(bound) or (None if bound["x"].dtype == torch.float32 else f"x is {bound['x'].dtype}")
+    # The default is the epsilon of the dtype that is computed in: of fp32, the constant below, but for fp64.
+    return _check(bound) or (f"x is {bound['x'].dtype}" if bound["x"].dtype == torch.float64 else None)
 
 
 def _pattern(fn, casting, dtype, offset=0.0, weight=True, eps=None):
@@ -159,7 +175,12 @@ PATTERNS = (
     *_both(_square_cast_scale, "cast_then_scale"),
     *_both(_rsqrt_no_weight, "scale_then_cast", weight=False),
     *_both(_power_no_weight, "scale_then_cast", weight=False),
-    _pattern(_native, "scale_then_cast", torch.float32),
-    _pattern(_native_no_weight, "scale_then_cast", torch.float32, weight=False),
-    _pattern(_native_default_eps, "scale_then_cast", torch.float32, eps=torch.finfo(torch.float32).eps),
+    # All in the dtype of x: the op computes in fp32, and rounds once.
+    *_both(_plain_rsqrt, "none"),
+    *_both(_plain_rsqrt_no_weight, "none", weight=False),
+    *_both(_plain_divide, "none"),
+    *_both(_native, "scale_then_cast"),
+    *_both(_native_no_weight, "scale_then_cast", weight=False),
+    *_both(_native_default_eps, "scale_then_cast", eps=torch.finfo(torch.float32).eps),
+    *_both(_native_default_eps_no_weight, "scale_then_cast", weight=False, eps=torch.finfo(torch.float32).eps),
 )

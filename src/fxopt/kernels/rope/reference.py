@@ -100,6 +100,12 @@ def _pairs_to_halves(x, cos, sin):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def _pairs_selected(x, cos, sin):
+    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
+    first, second = pairs[..., 0], pairs[..., 1]
+    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2).type_as(x)
+
+
 def _complex(x, turns):
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
@@ -212,6 +218,8 @@ PATTERNS = (
     _pattern(_pairs_wide, True, False, dtype=_LOW, scalar=False),
     _pattern(_pairs_wide, True, False, dtype=_LOW, table=_LOW, scalar=False),
     _pattern(_pairs_split, True, True, scalar=False),
+    _pattern(_pairs_selected, True, True, scalar=False),
+    _pattern(_pairs_selected, True, True, dtype=_LOW, scalar=False),
     _pattern(_pairs_to_halves, False, True, scalar=False, q=_REORDERED),
     _promoted(_half, False, False),
     _promoted(_half_back, False, False, sin=_BACK),
