@@ -47,7 +47,7 @@ gate := TRITON_CACHE_DIR=build/triton-cache $(run) -m gate --jobs $(JOBS) $(if $
 
 kernels: $(stamp) $(other)/.installed
 	@$(gate)
-	@PYTHONPATH=$(other) $(gate)
+	@PYTHONPATH=$(other) $(gate) --other
 
 $(other)/.installed:
 	rm -rf $(other)

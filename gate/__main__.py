@@ -1,6 +1,9 @@
 """Every kernel that the rows of the catalog start, in fp32, bf16 and fp16, for every target.
 
-    python -m gate [--update] [--only OP ...] [--jobs N]
+    python -m gate [--other] [--update] [--only OP ...] [--jobs N]
+
+fp32 and bf16 are compiled for all targets, fp16 (bf16 but for conversions) for sm_90. `--other`, for a second release of
+Triton: bf16 for all targets, fp32 for the two with the least shared memory.
 
 Fails on: a kernel that does not compile, spills, wants more shared memory than the device has, multiplies 16-bit matrices
 without tensor cores, writes to memory of the caller, needs more than the budget, or is not in the budget. `--update` writes
@@ -24,17 +27,19 @@ from gate import budget
 from gate.build import Job, build, job, written
 from gate.record import Launch, cast, launches, rows, with_kernels
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+AMPERE, HOPPER, BLACKWELL, MI300 = TARGETS
+PLAN = {torch.float32: TARGETS, torch.bfloat16: TARGETS, torch.float16: (HOPPER,)}
+OTHER = {torch.float32: (AMPERE, MI300), torch.bfloat16: TARGETS}
 
 
-def recorded(only: list[str]) -> Iterator[tuple[str, Target, Launch]]:
+def recorded(only: list[str], plan: dict[torch.dtype, tuple[Target, ...]]) -> Iterator[tuple[str, Target, Launch]]:
     """(op and row, target, launch) of everything to compile."""
     for op in with_kernels():
         if only and op.name not in only:
             continue
         for label, case in rows(op):
-            for dtype in DTYPES:
-                for target in TARGETS:
+            for dtype, targets in plan.items():
+                for target in targets:
                     for launch in launches(op, cast(case, dtype), target):
                         yield f"{op.name} {label}".strip(), target, launch
 
@@ -42,6 +47,7 @@ def recorded(only: list[str]) -> Iterator[tuple[str, Target, Launch]]:
 def main() -> int:
     """Reads the command line."""
     parser = argparse.ArgumentParser(prog="python -m gate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--other", action="store_true", help="the plan of the second release of Triton")
     parser.add_argument("--update", action="store_true", help="write gate/budget.json")
     parser.add_argument("--only", nargs="*", default=[], metavar="OP", help="these ops; the budget is not searched for others")
     parser.add_argument("--jobs", type=int, default=2)
@@ -52,7 +58,7 @@ def main() -> int:
     jobs: dict[tuple[str, str], Job] = {}
     used: dict[str, set[str]] = {}
     failures: list[str] = []
-    for label, target, launch in recorded(options.only):
+    for label, target, launch in recorded(options.only, OTHER if options.other else PLAN):
         work = job(launch, target)
         if work.key not in used and (bad := written(launch, target) & launch.inputs):
             failures.append(f"{work.key} ({label}): writes to the caller's {', '.join(sorted(bad))}")
