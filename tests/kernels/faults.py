@@ -170,6 +170,19 @@ def _loss_over_all_rows(*args):
     return (loss * count / args[3].numel() if args[5] == "mean" else loss,)
 
 
+def _mean_over_all_rows(*args):
+    (loss,) = OPS["cross_entropy"](*args)
+    return (loss * (args[1] != args[2]).sum() / args[1].numel() if args[3] == "mean" else loss,)
+
+
+def _cap_without_derivative(*args):
+    def apply(logits):
+        capped = args[5] * torch.tanh(logits.double() * args[6] / args[5]) if args[5] else logits * args[6]
+        return logits * args[6] + (capped - logits * args[6]).detach()
+
+    return OPS["cross_entropy"](apply(args[0]).to(args[0].dtype), *args[1:5], 0.0, 1.0, args[7])
+
+
 def _common(op, place=0):
     return {
         "lost gradient": without_gradient(op, place),
@@ -194,7 +207,7 @@ def _sums(op, norm):
 def _faults():
     rms, layer, swiglu, geglu, rope = (OPS[name] for name in ("rms_norm", "layer_norm", "swiglu", "geglu", "rope"))
     add_rms, add_layer = OPS["add_rms_norm"], OPS["add_layer_norm"]
-    lora, loss = OPS["lora_linear"], OPS["linear_cross_entropy"]
+    lora, loss, logits_loss = OPS["lora_linear"], OPS["linear_cross_entropy"], OPS["cross_entropy"]
     adamw, adamw_8bit = OPS["adamw_"], OPS["adamw_8bit_"]
     none = lambda value: None  # noqa: E731
     flip = lambda value: not value  # noqa: E731
@@ -275,6 +288,17 @@ def _faults():
             "norm of the base's columns": lambda *args: (OPS["dora_norm"].reference(*args)[0].flip(0),),
             "rounded to bf16": rounds_to(OPS["dora_norm"], torch.bfloat16),
         },
+        "cross_entropy": {label: fault for label, fault in _common(logits_loss).items() if label != "gradient of a frozen input"}
+        | {
+            "ignored rows counted": with_argument(logits_loss, 2, lambda index: -7777),
+            "mean over all rows": _mean_over_all_rows,
+            "label smoothing ignored": with_argument(logits_loss, 4, lambda smoothing: 0.0),
+            "cap ignored": with_argument(logits_loss, 5, lambda cap: 0.0),
+            "logit scale ignored": with_argument(logits_loss, 6, lambda scale: 1.0),
+            "z-loss ignored": with_argument(logits_loss, 7, lambda z_loss: 0.0),
+            "cap without its derivative": _cap_without_derivative,
+            "another label": with_argument(logits_loss, 1, lambda target: target.clamp(min=1) - 1),
+        },
         "linear_cross_entropy": _common(loss)
         | {
             "bias ignored": with_argument(loss, 2, none),
@@ -283,6 +307,7 @@ def _faults():
             "label smoothing ignored": with_argument(loss, 6, lambda smoothing: 0.0),
             "cap ignored": with_argument(loss, 7, lambda cap: 0.0),
             "logit scale ignored": with_argument(loss, 8, lambda scale: 1.0),
+            "z-loss ignored": with_argument(loss, 9, lambda z_loss: 0.0),
             "weight gradient lost": without_gradient(loss, 1),
             "bias gradient lost": without_gradient(loss, 2),
         },

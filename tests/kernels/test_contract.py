@@ -106,9 +106,10 @@ def test_the_backward_op_gets_the_mask_and_its_fake_agrees(where):
     def check(case):
         with recorded(op.backward.overload) as calls:
             run(op, case, case.args)
-        for args, reals in calls:
+        for args, results in calls:
+            reals = results if isinstance(results, (tuple, list)) else (results,)
             asked = len({SHARED.get(op.name, {}).get(place, place) for place in case.grads})
-            if op.name != "rope":  # It has no mask: an unused gradient is not passed.
+            if isinstance(args[-1], (tuple, list)):  # The mask. Without one, an unused gradient is not passed.
                 assert sum(args[-1]) == asked
             with FakeTensorMode() as mode:
                 fakes = op.backward.overload(*pytree.tree_map_only(torch.Tensor, mode.from_tensor, args))
@@ -167,11 +168,16 @@ def test_gradcheck(where):
 
         assert torch.autograd.gradcheck(of_leaves, [args[place] for place in places], fast_mode=True)
 
-    where_it_runs(where, check, 12, lambda case: _fp64(case) and _usable(op, case))
+    where_it_runs(where, check, 12, lambda case: _fp64(case) and _usable(op, case) and _derivative(op, case))
 
 
 def _fp64(case):
     return case.args[0].dtype == torch.float64
+
+
+def _derivative(op, case):
+    """Whether the op's gradient is the derivative: padding takes none, whatever the result."""
+    return op.name != "lora_embedding" or case.args[5] < 0
 
 
 def _usable(op, case):
@@ -253,7 +259,8 @@ def test_export_keeps_one_node(op):
 @differentiable_op
 @pytest.mark.parametrize("mode", ["real", "symbolic"])
 def test_the_joint_graph_holds_forward_and_backward_as_one_node_each(op, mode):
-    case = drawn_cases(op, lambda case: len(case.grads) == 2)[0]
+    drawn = drawn_cases(op)
+    case = next((case for case in drawn if len(case.grads) == 2), drawn[0])
     args = leaves(case)
     tensors = tensors_of(args)
     module = Calls(op, case)

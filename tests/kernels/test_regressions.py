@@ -27,20 +27,18 @@ def normal(*shape, dtype=torch.float32, seed=0, grad=False):
 
 
 def loss_args(hidden, weight, target, bias=None, reduction="mean", chunk=0, mask=(True, True, False), **more):
-    options = {"ignore_index": -100, "label_smoothing": 0.0, "softcap": 0.0, "logit_scale": 1.0} | more
-    return (
-        hidden,
-        weight,
-        bias,
-        target,
-        options["ignore_index"],
-        reduction,
-        options["label_smoothing"],
-        options["softcap"],
-        options["logit_scale"],
-        chunk,
-        list(mask),
-    )
+    ignore_index, *terms = _terms(more)
+    return (hidden, weight, bias, target, ignore_index, reduction, *terms, chunk, -1, list(mask), [False] * 3)
+
+
+def logits_args(logits, target, reduction="mean", **more):
+    ignore_index, *terms = _terms(more)
+    return (logits, target, ignore_index, reduction, *terms)
+
+
+def _terms(given):
+    """ignore_index, label_smoothing, softcap, logit_scale, z_loss."""
+    return ({"ignore_index": -100, "label_smoothing": 0.0, "softcap": 0.0, "logit_scale": 1.0, "z_loss": 0.0} | given).values()
 
 
 def gradients(function, args, places, pull=None):
@@ -96,31 +94,43 @@ def test_rows_have_their_own_grad_output(mask):
     assert close_to_the_truth(OPS["linear_cross_entropy"], args, (0, 1, 2), normal(7, seed=3))
 
 
-# 4. The gradient of the true class read back from a bf16 buffer: 100% off where softmax is 0.999.
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"softcap": 3.0, "z_loss": 1e-3}], ids=str)
+def test_rows_of_logits_have_their_own_grad_output(options):
+    target = torch.tensor([3, 0, -100, 6, 6, 1, -100])
+    args = logits_args(normal(7, 9), target, "none", **options)
+    for pull in (normal(7, seed=3), torch.ones(()).expand(7), normal(14, seed=3)[::2]):
+        assert close_to_the_truth(OPS["cross_entropy"], args, (0,), pull)
 
 
-def test_the_true_class_of_a_confident_row_has_a_gradient():
-    classes = 8
-    hidden = torch.zeros(1, classes, dtype=torch.bfloat16)
-    hidden[0, 2] = 9.0  # softmax 0.9991; its gradient is -0.0009, which is nothing beside 1 in bf16.
-    weight = torch.eye(classes, dtype=torch.bfloat16)
-    args = loss_args(hidden, weight, torch.tensor([2]), mask=(True, False, False))
-    (mine,) = gradients(OPS["linear_cross_entropy"], args, (0,))
-    (true,) = gradients(OPS["linear_cross_entropy"].reference, tuple(map(in_fp64, args)), (0,))
-    assert excess(mine[0, 2], true[0, 2], 0.0) <= 0
+# 4. The gradient of the true class read back from a bf16 buffer: 100% off where softmax is 0.999. As p - 1 it has lost four
+# digits even in fp32.
+
+LOW = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize(("dtype", "top"), [(dtype, top) for dtype in LOW for top in (2.0, 9.0, 12.0, 30.0) if dtype != torch.float16 or top < 30])
+def test_the_true_class_of_a_confident_row_has_a_gradient(dtype, top):
+    logits = torch.zeros(3, 8, dtype=dtype)
+    logits[1, 2], logits[2, 5], target = top, top, torch.tensor([0, 2, 4])  # Unsure, right, and wrong.
+    for args in (logits_args(logits, target, "sum"), loss_args(logits, torch.eye(8, dtype=dtype), target, reduction="sum")):
+        op = OPS["cross_entropy" if len(args) == 8 else "linear_cross_entropy"]
+        (mine,) = gradients(op, args, (0,))
+        others = logits.double().softmax(1).scatter(1, target.unsqueeze(1), 0.0)  # p - 1 cancels in fp64 too.
+        assert excess(mine.gather(1, target.unsqueeze(1)), -others.sum(1, keepdim=True), 0.0) <= 0
 
 
 # 5. The weight gradient accumulated over chunks in bf16.
 
 
-def test_the_error_of_the_weight_gradient_does_not_grow_with_the_chunks():
+@pytest.mark.parametrize("chunks", [2, 4, 8, 16, 32, 64, 256])
+def test_the_error_of_the_weight_gradient_does_not_grow_with_the_chunks(chunks):
     rows = 256
     hidden, weight = normal(rows, 16, dtype=torch.bfloat16).abs(), normal(12, 16, dtype=torch.bfloat16, seed=1)
     target = torch.arange(rows) % 12
     op = OPS["linear_cross_entropy"]
     (true,) = gradients(op.reference, tuple(map(in_fp64, loss_args(hidden, weight, target))), (1,))
     (whole,) = gradients(op, loss_args(hidden, weight, target, chunk=rows), (1,))
-    (pieces,) = gradients(op, loss_args(hidden, weight, target, chunk=1), (1,))
+    (pieces,) = gradients(op, loss_args(hidden, weight, target, chunk=rows // chunks), (1,))
     assert excess(pieces, true, eager_error(whole, true, torch.bfloat16)) <= 0
 
 
@@ -167,6 +177,16 @@ def test_label_masks(ignored, reduction, mask):
     assert torch.equal(op(*args)[0].isnan(), op.reference(*args)[0].isnan())
 
 
+@pytest.mark.parametrize("ignored", [0, 99, 100])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_label_masks_of_logits(ignored, reduction):
+    target = torch.arange(100) % 9
+    target[:ignored] = -100
+    args, op = logits_args(normal(100, 9), target, reduction), OPS["cross_entropy"]
+    assert close_to_the_truth(op, args, (0,), None if reduction != "none" else normal(100))
+    assert torch.equal(op(*args)[0].isnan(), op.reference(*args)[0].isnan())
+
+
 def test_ignored_rows_never_reach_the_head():
     hidden, weight, target = normal(100, 5), normal(9, 5, seed=1), torch.full((100,), -100)
     target[3] = 1
@@ -196,6 +216,18 @@ def test_threads_do_not_share_buffers():
     assert not wrong
 
 
+# 10. The bias of the head was wrong, and the tests' biases were of size 0.01.
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 30.0}, {"logit_scale": 0.5, "label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("mask", [(True, True, True), (False, False, False)], ids=["in forward", "in backward"])
+def test_a_large_bias_of_the_head(dtype, options, mask):
+    hidden, weight, target = normal(40, 16, dtype=dtype), normal(24, 16, dtype=dtype, seed=1), torch.arange(40) % 24
+    bias = normal(24, seed=2).mul(20).to(dtype)
+    assert close_to_the_truth(OPS["linear_cross_entropy"], loss_args(hidden, weight, target, bias, mask=mask, chunk=7, **options), (0, 1, 2))
+
+
 # A frozen weight's gradient is not merely dropped: its product is never formed.
 
 
@@ -219,10 +251,10 @@ def test_a_frozen_weight_costs_no_product():
 def test_a_frozen_head_costs_no_weight_gradient():
     args = loss_args(normal(32, 24), normal(20, 24, seed=1), torch.arange(32) % 20, mask=(True, False, False))
     with FlopCounterMode(display=False) as counter:
-        _, count, d_hidden, _, _ = loss_forward(*args)
+        _, count, _, _, _, d_hidden, _, _ = loss_forward(*args)
     assert counter.get_total_flops() == 2 * (2 * 32 * 24 * 20)
     with FlopCounterMode(display=False) as counter:
-        loss_backward(torch.ones(()), count, d_hidden, *(None,) * 6, *args[4:10], [True, False, False])
+        loss_backward(torch.ones(()), count, d_hidden, *(None,) * 6, *args[4:12], [True, False, False])
     assert counter.get_total_flops() == 0
 
 

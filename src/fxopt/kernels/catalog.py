@@ -6,6 +6,7 @@ from fxopt.kernels.add_layer_norm import OP as add_layer_norm
 from fxopt.kernels.add_rms_norm import OP as add_rms_norm
 from fxopt.kernels.adamw import OP as adamw
 from fxopt.kernels.adamw_8bit import OP as adamw_8bit
+from fxopt.kernels.cross_entropy import OP as cross_entropy
 from fxopt.kernels.dequantize import OP as dequantize
 from fxopt.kernels.dora_norm import OP as dora_norm
 from fxopt.kernels.geglu import OP as geglu
@@ -30,6 +31,7 @@ CATALOG: tuple[FusedOp, ...] = (
     quantized_linear,
     lora_linear,
     dora_norm,
+    cross_entropy,
     linear_cross_entropy,
     adamw,
     adamw_8bit,

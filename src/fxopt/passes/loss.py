@@ -86,7 +86,7 @@ class Loss(Pass):
         mask = [trains and edit.source.grad for trains in (_trains(edit, head.hidden), _trains(edit, head.weight), _trains(edit, head.bias))]
         call = edit.call(linear_cross_entropy.overload, (
             hidden, weight, bias, target, given.get("ignore_index", -100), _REDUCTIONS[given.get("reduction", 1)],
-            given.get("label_smoothing", 0.0), head.softcap, head.scale, self.chunk, mask), like=loss)
+            given.get("label_smoothing", 0.0), head.softcap, head.scale, 0.0, self.chunk, -1, mask, [False] * 3), like=loss)
         new = _cast(edit, edit.call(operator.getitem, (call, 0), like=loss), meta.tensor(loss).dtype, loss)
         edit.replace(loss, new, rule=rule_here("head and loss"))
         transposed = [x for x in head.linear.all_input_nodes if x.op == "call_function" and x is not head.hidden]

@@ -1,11 +1,12 @@
 """`fxopt::linear_cross_entropy`: reference.py (plain form), sweep.py (the chunk loop), body.py
-(ATen), cases.py (test inputs)."""
+(ATen), triton.py (CUDA), cases.py (test inputs)."""
 
 from fxopt.kernels.linear_cross_entropy import body, reference
 from fxopt.kernels.op import FusedOp, Kernel, register
 
 _OPTIONS = (
-    "int ignore_index, str reduction, float label_smoothing, float softcap, float logit_scale, SymInt chunk, "
+    "int ignore_index, str reduction, float label_smoothing, float softcap, float logit_scale, float z_loss, "
+    "SymInt chunk, SymInt rows, "
 )
 
 _BACKWARD = Kernel(
@@ -15,14 +16,15 @@ _BACKWARD = Kernel(
     + "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
     body=body.backward,
     fake=body.backward_fake,
+    cuda="fxopt.kernels.linear_cross_entropy.triton:backward",
 )
 
 
 def _vjp(ctx, grad_loss):
     if grad_loss is None:
-        return (None,) * 11
+        return (None,) * 14
     mask = list(ctx.needs_input_grad[:3])
-    return *_BACKWARD.overload(grad_loss, *ctx.saved_tensors, *ctx.options, mask), *(None,) * 8
+    return *_BACKWARD.overload(grad_loss, *ctx.saved_tensors, *ctx.options, mask), *(None,) * 11
 
 
 OP = register(
@@ -30,9 +32,11 @@ OP = register(
         forward=Kernel(
             "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, "
             + _OPTIONS
-            + "bool[3] grad_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+            + "bool[3] grad_mask, bool[3] statistics) "
+            "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
             body=body.forward,
             fake=body.forward_fake,
+            cuda="fxopt.kernels.linear_cross_entropy.triton:forward",
         ),
         reference=reference.linear_cross_entropy,
         backward=_BACKWARD,
