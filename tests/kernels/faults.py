@@ -282,6 +282,14 @@ def _faults():
             "one mask for all": with_argument(lora, 10, lambda seeds: None if seeds is None else seeds[:1].expand(len(seeds))),
             "first sibling for all": with_argument(lora, 6, lambda bs: [bs[0]] * len(bs) if len({b.shape for b in bs}) == 1 else bs),
         },
+        "lora_embedding": _common(OPS["lora_embedding"])
+        | {
+            "gradient of lora_b lost": without_gradient(OPS["lora_embedding"], 3),
+            "gradient of lora_a lost": without_gradient(OPS["lora_embedding"], 2),
+            "scale ignored": with_argument(OPS["lora_embedding"], 4, lambda scale: 1.0),
+            "padding ignored": with_argument(OPS["lora_embedding"], 5, lambda padding: -1),
+            "the word before": with_argument(OPS["lora_embedding"], 1, lambda ids: ids.clamp(min=1) - 1),
+        },
         "dora_norm": {
             "scale ignored": with_argument(OPS["dora_norm"], 5, lambda scale: 1.0),
             "adapter ignored": with_argument(OPS["dora_norm"], 4, torch.zeros_like),

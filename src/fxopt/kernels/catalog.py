@@ -12,6 +12,7 @@ from fxopt.kernels.dora_norm import OP as dora_norm
 from fxopt.kernels.geglu import OP as geglu
 from fxopt.kernels.layer_norm import OP as layer_norm
 from fxopt.kernels.linear_cross_entropy import OP as linear_cross_entropy
+from fxopt.kernels.lora_embedding import OP as lora_embedding
 from fxopt.kernels.lora_linear import OP as lora_linear
 from fxopt.kernels.op import FusedOp
 from fxopt.kernels.quantized_linear import OP as quantized_linear
@@ -30,6 +31,7 @@ CATALOG: tuple[FusedOp, ...] = (
     dequantize,
     quantized_linear,
     lora_linear,
+    lora_embedding,
     dora_norm,
     cross_entropy,
     linear_cross_entropy,
