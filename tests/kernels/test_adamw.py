@@ -261,6 +261,19 @@ def test_a_small_second_moment_is_not_lost():
     assert 0 < mine < lr and theirs > 100 * lr
 
 
+@BOTH
+def test_calls_that_do_not_fit_are_refused(call):
+    op, launcher, args = call
+    wrong = [(0, normal(1400)[::2]), (1, normal(699)), (2, args[2][:-1]), (-2, 0)]
+    wrong += [(4 if op is ADAMW else 7, factor) for factor in (torch.ones(1), torch.ones((), device="meta"))]
+    for place, value in wrong:
+        changed = list(args)
+        changed[place] = value
+        for function in (op.overload, launcher):
+            with pytest.raises(RuntimeError, match="contiguous|grad is|elements, not|first step|grad_factor"):
+                function(*changed)
+
+
 def test_other_maps_are_refused():
     args = list(calls())[1][2]
     args[6] = args[6] * 2

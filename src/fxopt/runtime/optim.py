@@ -28,7 +28,7 @@ class AdamW(torch.optim.Optimizer):
 
     Args:
         params: parameters, named parameters, or groups of them with settings of their own, as for any torch optimizer.
-        lr, betas, eps, weight_decay: as in torch.
+        lr, betas, eps, weight_decay: as in torch. Numbers; a tensor is read at each step, which waits for a GPU.
         bits: 32 or 8, of the averages. A setting of a group.
         rounding: of parameters in bf16 or fp16, which are stepped in fp32: "stochastic", so that small updates count on
             average (`fxopt.kernels.stochastic`), or "nearest". A setting of a group.

@@ -10,15 +10,22 @@ from fxopt.kernels.in_place import writes
 from fxopt.kernels.stochastic import round_stochastically
 
 
-def check(param, grad, exp_avg, exp_avg_sq, step):
+def check(param, grad, exp_avg, exp_avg_sq, grad_factor, step):
     """Refuse what the kernels would compute wrongly."""
     acc = wide(param.dtype)
     for name, tensor in (("param", param), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         torch._check(tensor.is_contiguous(), lambda: f"{name} is not contiguous")
         torch._check(tensor.numel() == param.numel(), lambda: f"{name} has {tensor.numel()} elements, not {param.numel()}")
     torch._check(exp_avg.dtype == exp_avg_sq.dtype == acc, lambda: f"the averages of a {param.dtype} parameter are {acc}")
+    check_step(param, grad, grad_factor, step)
+
+
+def check_step(param, grad, grad_factor, step):
+    """What both forms of AdamW need."""
     torch._check(grad.shape == param.shape, lambda: f"grad is {tuple(grad.shape)} and param is {tuple(param.shape)}")
     torch._check(step > 0, lambda: f"the first step is 1, not {step}")
+    fits = grad_factor is None or (grad_factor.dim() == 0 and grad_factor.device == param.device)
+    torch._check(fits, lambda: f"grad_factor is no 0-dim tensor on {param.device}")
 
 
 def fused_step(params, grads, exp_avgs, exp_avg_sqs, lr, beta1, beta2, eps, weight_decay, step):
@@ -75,7 +82,7 @@ def update(param, grad, exp_avg, exp_avg_sq, grad_factor, lr, beta1, beta2, eps,
 
     Source: Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101, algorithm 2.
     """
-    check(param, grad, exp_avg, exp_avg_sq, step)
+    check(param, grad, exp_avg, exp_avg_sq, grad_factor, step)
     settings = (lr, beta1, beta2, eps, weight_decay, step)
     param, grad, exp_avg, exp_avg_sq = (tensor.reshape(-1) for tensor in (param, grad, exp_avg, exp_avg_sq))
     acc = exp_avg.dtype
@@ -93,4 +100,4 @@ def update(param, grad, exp_avg, exp_avg_sq, grad_factor, lr, beta1, beta2, eps,
 
 
 def update_fake(param, grad, exp_avg, exp_avg_sq, grad_factor, lr, beta1, beta2, eps, weight_decay, step, seed):
-    check(param, grad, exp_avg, exp_avg_sq, step)
+    check(param, grad, exp_avg, exp_avg_sq, grad_factor, step)

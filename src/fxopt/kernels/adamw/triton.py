@@ -82,7 +82,7 @@ def update(param, grad, exp_avg, exp_avg_sq, grad_factor, lr, beta1, beta2, eps,
     """See `body.update`. An fp64 parameter is handed to it: numbers reach a kernel in fp32."""
     if param.dtype == torch.float64:
         return body.update(param, grad, exp_avg, exp_avg_sq, grad_factor, lr, beta1, beta2, eps, weight_decay, step, seed)
-    body.check(param, grad, exp_avg, exp_avg_sq, step)
+    body.check(param, grad, exp_avg, exp_avg_sq, grad_factor, step)
     launch(
         adamw_kernel,
         (cdiv(param.numel(), BLOCK),),

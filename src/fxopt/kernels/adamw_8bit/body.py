@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fxopt.kernels.adamw.body import fused_step, round_into
+from fxopt.kernels.adamw.body import check_step, fused_step, round_into
 from fxopt.kernels.adamw_8bit.codes import BLOCK, count, decode, dynamic_maps, encode
 from fxopt.kernels.in_place import writes
 
@@ -12,11 +12,10 @@ from fxopt.kernels.in_place import writes
 PART = 1 << 17
 
 
-def check(param, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, maps, step):
+def check(param, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, maps, grad_factor, step):
     """Refuse what the kernels would compute wrongly."""
     torch._check(param.dtype != torch.float64, lambda: "8-bit averages are computed in fp32: an fp64 parameter needs adamw_")
     torch._check(param.is_contiguous(), lambda: "param is not contiguous")
-    torch._check(grad.shape == param.shape, lambda: f"grad is {tuple(grad.shape)} and param is {tuple(param.shape)}")
     blocks = count(param.numel())
     for name, codes, absmax in (("exp_avg", exp_avg, exp_avg_absmax), ("exp_avg_sq", exp_avg_sq, exp_avg_sq_absmax)):
         fits = codes.dtype == torch.uint8 and codes.is_contiguous() and codes.numel() == param.numel()
@@ -24,7 +23,7 @@ def check(param, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, m
         fits = absmax.dtype == torch.float32 and absmax.is_contiguous() and absmax.numel() == blocks
         torch._check(fits, lambda: f"{name}_absmax is not {blocks} contiguous numbers in fp32, one for {BLOCK} elements")
     torch._check(maps.shape == (2, 256) and maps.is_contiguous(), lambda: "maps are not what dynamic_maps() gives")
-    torch._check(step > 0, lambda: f"the first step is 1, not {step}")
+    check_step(param, grad, grad_factor, step)
 
 
 @writes(0, 2, 3, 4, 5)
@@ -55,7 +54,7 @@ def update(
 
     Source: Dettmers et al., 2022, https://arxiv.org/abs/2110.02861.
     """
-    check(param, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, maps, step)
+    check(param, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, maps, grad_factor, step)
     torch._check(torch.equal(maps, dynamic_maps(maps.device)), lambda: "maps are not what dynamic_maps() gives")
     param, grad, exp_avg, exp_avg_sq = (tensor.reshape(-1) for tensor in (param, grad, exp_avg, exp_avg_sq))
     factor = None if grad_factor is None else grad_factor.float()
@@ -77,7 +76,7 @@ def update_fake(
     param, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, maps, grad_factor, lr, beta1, beta2, eps, weight_decay,
     step, seed,
 ):  # fmt: skip
-    check(param, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, maps, step)
+    check(param, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, maps, grad_factor, step)
 
 
 def results(args):

@@ -78,7 +78,7 @@ def update(
     step, seed,
 ):  # fmt: skip
     """See `body.update`. The values of the maps are not compared with `dynamic_maps()`, only their shape."""
-    body.check(param, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, maps, step)
+    body.check(param, grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, maps, grad_factor, step)
     launch(
         adamw_8bit_kernel,
         (cdiv(exp_avg_absmax.numel(), BLOCKS),),
