@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn as nn
 
 from fxopt.dispatch import Dispatcher
@@ -22,6 +23,8 @@ from fxopt.passes.base import Pass
 from fxopt.passes.lora import Lora
 from fxopt.passes.pipeline import Pipeline, pipeline
 from fxopt.runtime import adapted, install, store
+from fxopt.runtime.merge import Merge, MergeReport
+from fxopt.runtime.random_inputs import drawn
 
 Passes = str | Pass | Pipeline | Iterable[str | Pass | Pipeline]
 
@@ -93,8 +96,7 @@ class Optimized(nn.Module):
 
     def prepare(self, inputs: tuple[Any, ...] | Mapping[str, Any]) -> Program:
         """Capture and optimize one kind of call, without running a step of it for real. Returns its program."""
-        args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
-        self.dispatcher.last = self.dispatcher.find(Call.of(args, kwargs))
+        self.dispatcher.last = self.dispatcher.find(_call_of(inputs))
         return self.dispatcher.last.program
 
     # -- the original's ways -------------------------------------------------------------------------------------------
@@ -223,7 +225,7 @@ class Optimized(nn.Module):
             return
         self.dispatcher.enabled = False
         try:
-            with adapted.without_adapters(self.model):
+            with adapted.using(self.model, None):
                 yield
         finally:
             self.dispatcher.enabled = True
@@ -262,9 +264,45 @@ class Optimized(nn.Module):
         given = {f"{item.path}.weight": ({"a": item.a, "b": item.b}, item.scale) for item in store.read_adapters(folder)}
         install.load_factors(self.model, given, self.dispatcher.active)
 
-    def merge(self) -> nn.Module:
-        """An ordinary module of the original class, with the adapters folded into dense weights. A copy."""
-        return adapted.merged(self.model)
+    def merge(self, base: str | None = None, *, original: nn.Module | Mapping[str, torch.Tensor] | None = None, adapter: str | None = None,
+              inputs: tuple[Any, ...] | Mapping[str, Any] | None = None, certify: bool = True, dtype: torch.dtype | None = None) -> nn.Module:
+        """An ordinary module of the original class, with an adapter folded into dense weights. A copy; certified.
+
+        Args:
+            base: which function is wanted where the base is quantized. "stored": what the codes stand for plus the adapter, as it
+                was trained. "original": the weights before quantization plus the adapter. Not asked where nothing is quantized.
+            original: for "original", a module or state dict with those weights under the model's names.
+            adapter: its name; None: the active one.
+            inputs: an example call for the certificate. None: like the last call, with random token ids if it has any.
+            certify: compare the outputs of the merged module and of the adapted model. `merge_report` has the numbers.
+            dtype: of the merged module's floating point state, if it should be another than the model's.
+
+        Raises:
+            FxoptError: no adapter is active; or the base is quantized and `base` does not say which function is wanted.
+            DataError: `original` lacks a weight, or has another than the model was quantized from.
+            CheckError: the merge changes nothing (the adapter is zero, or lost in rounding) or too much (not finite; not the adapted model).
+        """
+        name = adapter or self.active_adapter
+        if name is None or self.dispatcher.pending and name == self.active_adapter:
+            raise FxoptError("there is no adapter to merge" if not self.adapters else "no adapter is active, or it has not been made yet",
+                             do="optimize with a lora pass and `inputs`, or leave `disable_adapter()`" if not adapter else "call the model once")
+        merge = Merge(self.model, name, base, original, dtype)
+        self._merge_report = merge.report
+        if certify:
+            last = self.dispatcher.example
+            if inputs is None and (last is None or self.dispatcher.last is None):
+                raise FxoptError("the model was not called yet, so there is no example to certify the merge on", do="give `inputs`")
+            call, what = (_call_of(inputs), "given") if inputs is not None else drawn(list(self.program.history())[-1], last)
+            self._merge_report = merge.certify(call, what, self if name == self.active_adapter else None)
+            self.dispatcher.example = last
+        return merge.module
+
+    @property
+    def merge_report(self) -> MergeReport:
+        """What the last `merge` did, in numbers; `print` it."""
+        if "_merge_report" not in self.__dict__:
+            raise FxoptError("nothing was merged yet", do="call `merge`")
+        return self.__dict__["_merge_report"]
 
     def dense(self) -> Any:
         """`with opt.dense(): opt.generate(...)`: adapted weights are computed once for the block, not at every use.
@@ -272,6 +310,12 @@ class Optimized(nn.Module):
         Memory: one dense copy of the adapted weights. No gradients inside.
         """
         return adapted.dense_weights(self.model)
+
+
+def _call_of(inputs: Any) -> Call:
+    """A call from a tuple of arguments, a dict of keyword arguments, or the only argument."""
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
+    return Call.of(args, kwargs)
 
 
 _CLASSES: dict[type, type[Optimized]] = {}

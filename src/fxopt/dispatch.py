@@ -105,6 +105,7 @@ class Dispatcher:
         self.runners: dict[Any, RegionRunner] = {}
         self.installed = adapted.installed(model)
         self.last: Lowered | None = None
+        self.example: Call | None = None  # the latest one
         self.notes: list[str] = []
         self._watched: Watched | None = None
 
@@ -157,6 +158,7 @@ class Dispatcher:
 
     def find(self, call: Call) -> Lowered:
         """The program for a call; captured now if there is none yet."""
+        self.example = Call(call.spec, call.leaves, tuple(t.detach() for t in call.tensors))
         if self._watched is not None and self._watched.stale():
             if self.installed is not None:
                 raise CallError(f"the module {self._watched.stale()} was replaced after adapters were added", where=type(self.model).__name__,

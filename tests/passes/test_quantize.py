@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 import fxopt
-from fxopt.errors import PassError
+from fxopt.errors import FxoptError, PassError
 from fxopt.kernels.tolerance import same
 from fxopt.passes.quantize import Quantize
 from fxopt.runtime.stored import StoredWeight
@@ -102,7 +102,9 @@ def test_merge_is_the_dequantized_model_with_the_adapter() -> None:
         for n, p in opt.named_parameters():
             if "lora_B" in n:
                 p.fill_(0.02)
-    plain = opt.merge()
+    with pytest.raises(FxoptError, match="which function"):
+        opt.merge()
+    plain = opt.merge("stored")
     assert type(plain) is type(llama()) and list(plain.state_dict()) == list(llama().state_dict())
     assert same(plain(**tokens()).loss, opt(**tokens()).loss)
     assert not hasattr(plain.model.layers[0].mlp.up_proj, "lora_A")

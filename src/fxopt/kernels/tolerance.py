@@ -82,6 +82,23 @@ SELF_CHECK_ROUNDINGS = 8
 # Logits of one function in two libraries, with an adapter: fp32, logits of around 1.
 LOGITS = 1e-5
 
+# The weight that a stored one was quantized from: the coarsest format (4 bits) is off by 10% (relative, Frobenius), another
+# weight, or the same one with rows in another order, by about 140%.
+SAME_WEIGHT = 0.5
+
+# The part of an adapter's change (in norm) that rounding the merged weight may take: more is a merge of nothing. An element
+# whose change is below half a spacing loses all of it, so in 16 bits a lightly trained adapter loses much: said from a tenth on.
+MERGE_LOST, MERGE_LOSES = 0.9, 0.1
+
+
+def merged(response: float, eps: float) -> float:
+    """The relative error that a merged model's outputs may have against the adapted one's.
+
+    Both compute one function with roundings at other places, so the error is of the size of `response`: what moving every weight by
+    one rounding (`eps`, of the coarsest dtype) does to the outputs. Measured: 0.4 to 0.7 of it.
+    """
+    return max(SELF_CHECK_RESPONSE * response, ULPS * eps)
+
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two results of one computation agree up to the order of its sums: relative error in the Frobenius norm."""

@@ -9,7 +9,6 @@ original names, and quantized weights appear under the keys of their format's fi
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,6 @@ import torch
 import torch.nn as nn
 
 from fxopt.ir.facts import Installed, LowRank, Stored
-from fxopt.runtime.binding import unbind
 from fxopt.runtime.stored import StoredWeight
 
 _STATE = "_fxopt_adapted"
@@ -132,6 +130,11 @@ def factors(module: nn.Module, leaf: str, adapter: str) -> dict[str, nn.Paramete
     return {factor: holder._parameters[adapter] for factor, holder in holders.items() if holder is not None and adapter in holder._parameters}  # type: ignore[misc]
 
 
+def weight_of(module: nn.Module, leaf: str) -> Weight:
+    """The record of an adapted weight."""
+    return module.__dict__[_STATE][leaf]
+
+
 # -- finding and switching -----------------------------------------------------------------------------------------------
 
 
@@ -198,6 +201,13 @@ def _strip(module: nn.Module, leaf: str) -> None:
         module._modules.pop(holder_name(leaf, factor), None)
 
 
+def strip(module: nn.Module) -> None:
+    """Make a module an ordinary one of its original class: adapters and stored weights go, dense base weights stay."""
+    for leaf in module.__dict__.pop(_STATE):
+        _strip(module, leaf)
+    module.__class__ = type(module).__mro__[2]
+
+
 @contextlib.contextmanager
 def skeleton(model: nn.Module) -> Iterator[None]:
     """The model as it was before anything was installed, for capture: original classes, and for a quantized weight a
@@ -241,28 +251,13 @@ def dense_weights(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Every weight is its base alone, bit for bit, whatever adapter is active; gradients' marks stay as they are."""
+def using(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Every weight has this adapter, or (None) is its base alone, bit for bit; gradients' marks stay as they are."""
     before = [(weight, weight.active) for *_, weight in weights_of(model)]
     try:
         for weight, _ in before:
-            weight.active = None
+            weight.active = adapter
         yield
     finally:
         for weight, active in before:
             weight.active = active
-
-
-def merged(model: nn.Module) -> nn.Module:
-    """A copy of the model in which every adapted weight is an ordinary dense parameter, of the original classes."""
-    new = copy.deepcopy(model)
-    unbind(new)
-    for _, module, weights in list(adapted_modules(new)):
-        with torch.no_grad():
-            values = {leaf: value_of(module, leaf).detach().clone() for leaf in weights}
-        for leaf, value in values.items():
-            _strip(module, leaf)
-            put(module, leaf, nn.Parameter(value, requires_grad=False), weights[leaf].position)
-        del module.__dict__[_STATE]
-        module.__class__ = type(module).__mro__[2]
-    return new
