@@ -27,9 +27,9 @@ class Implementation:
     op: FusedOp
     kind: str
 
-    def running(self, operators: bool = False) -> AbstractContextManager[object]:
+    def running(self, must_start: str = "ops") -> AbstractContextManager[object]:
         """Inside, calls of the op on this implementation's device run this implementation; see `interpreted`."""
-        return interpreted([self.op], racy=RACY, operators=operators) if self.kind == "interpreter" else contextlib.nullcontext()
+        return interpreted([self.op], racy=RACY, must_start=must_start) if self.kind == "interpreter" else contextlib.nullcontext()
 
     def on_device(self, case: Case) -> Case:
         """The same call with its tensors where the implementation reads them, strides kept."""

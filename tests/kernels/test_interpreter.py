@@ -324,7 +324,7 @@ def test_an_offset_that_wraps_around_is_seen():
 
 def planted(monkeypatch, launcher):
     monkeypatch.setattr(swiglu_kernels, "forward", launcher)
-    with interpreted([SWIGLU], operators=True):
+    with interpreted([SWIGLU], must_start="operators"):
         return SWIGLU(torch.randn(3, 5), torch.randn(3, 5))[0]
 
 

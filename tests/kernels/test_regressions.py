@@ -1,4 +1,4 @@
-"""Bugs that other libraries' fused kernels shipped, each as the test that would have caught it."""
+"""Bugs that other libraries' fused kernels shipped, each as the test that would have caught it; see test_known_bugs.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from implementations import RACY
+from interpreter.runner import interpreted
 from oracle import in_fp64, same_bits
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +21,19 @@ from fxopt.kernels.formats import FORMATS
 from fxopt.kernels.tolerance import eager_error, excess
 
 OPS = {op.name: op for op in CATALOG}
+
+
+@pytest.fixture(params=["aten", "interpreter"])
+def implementation(request):
+    """The ops run their ATen bodies, or their Triton kernels in the interpreter."""
+    if request.param == "aten":
+        yield
+    else:
+        with interpreted(racy=RACY, must_start="nothing"):  # Some labels are all ignored.
+            yield
+
+
+everywhere = pytest.mark.usefixtures("implementation")
 
 
 def normal(*shape, dtype=torch.float32, seed=0, grad=False):
@@ -59,6 +74,7 @@ def close_to_the_truth(op, args, places, pull=None):
 # 2. Backward in place clobbers grad_output, or an input that a residual also holds.
 
 
+@everywhere
 @pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "swiglu", "geglu", "rope"])
 def test_a_residual_and_a_second_backward_see_unchanged_tensors(name):
     x, other = normal(4, 3, 5, 8, grad=True), normal(4, 3, 5, 8, seed=1)
@@ -87,6 +103,7 @@ def test_a_residual_and_a_second_backward_see_unchanged_tensors(name):
 # 3. reduction="none" multiplied every row by the first element of grad_output.
 
 
+@everywhere
 @pytest.mark.parametrize("mask", [(True, True, True), (False, False, False)], ids=["in forward", "in backward"])
 def test_rows_have_their_own_grad_output(mask):
     target = torch.tensor([3, 0, -100, 6, 6, 1, -100])
@@ -94,6 +111,7 @@ def test_rows_have_their_own_grad_output(mask):
     assert close_to_the_truth(OPS["linear_cross_entropy"], args, (0, 1, 2), normal(7, seed=3))
 
 
+@everywhere
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"softcap": 3.0, "z_loss": 1e-3}], ids=str)
 def test_rows_of_logits_have_their_own_grad_output(options):
     target = torch.tensor([3, 0, -100, 6, 6, 1, -100])
@@ -108,6 +126,7 @@ def test_rows_of_logits_have_their_own_grad_output(options):
 LOW = (torch.bfloat16, torch.float16, torch.float32)
 
 
+@everywhere
 @pytest.mark.parametrize(("dtype", "top"), [(dtype, top) for dtype in LOW for top in (2.0, 9.0, 12.0, 30.0) if dtype != torch.float16 or top < 30])
 def test_the_true_class_of_a_confident_row_has_a_gradient(dtype, top):
     logits = torch.zeros(3, 8, dtype=dtype)
@@ -122,6 +141,7 @@ def test_the_true_class_of_a_confident_row_has_a_gradient(dtype, top):
 # 5. The weight gradient accumulated over chunks in bf16.
 
 
+@everywhere
 @pytest.mark.parametrize("chunks", [2, 4, 8, 16, 32, 64, 256])
 def test_the_error_of_the_weight_gradient_does_not_grow_with_the_chunks(chunks):
     rows = 256
@@ -137,6 +157,7 @@ def test_the_error_of_the_weight_gradient_does_not_grow_with_the_chunks(chunks):
 # 7. One head did nothing; batched tables; a grad_output of stride 0.
 
 
+@everywhere
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_one_head_and_batched_tables_rotate(heads, batch):
@@ -152,6 +173,7 @@ def test_the_tables_of_a_rotation_are_not_trained_silently():
         OPS["rope"](q, None, cos, sin, False, False)
 
 
+@everywhere
 @pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "swiglu"])
 def test_a_stride_0_grad_output_is_read_right(name):
     rest = {"rms_norm": (normal(8, seed=1), 1e-6, 0.0, "none"), "layer_norm": (normal(8, seed=1), None, 1e-5)}
@@ -163,6 +185,7 @@ def test_a_stride_0_grad_output_is_read_right(name):
 # 8. The weight's gradient was None in full fine-tuning; no gradient at all where most labels are ignored.
 
 
+@everywhere
 @pytest.mark.parametrize("ignored", [0, 99, 100])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("mask", [(True, True, False), (False, False, False)], ids=["in forward", "in backward"])
@@ -177,6 +200,7 @@ def test_label_masks(ignored, reduction, mask):
     assert torch.equal(op(*args)[0].isnan(), op.reference(*args)[0].isnan())
 
 
+@everywhere
 @pytest.mark.parametrize("ignored", [0, 99, 100])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_label_masks_of_logits(ignored, reduction):
@@ -219,6 +243,7 @@ def test_threads_do_not_share_buffers():
 # 10. The bias of the head was wrong, and the tests' biases were of size 0.01.
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("options", [{}, {"softcap": 30.0}, {"logit_scale": 0.5, "label_smoothing": 0.1}], ids=str)
 @pytest.mark.parametrize("mask", [(True, True, True), (False, False, False)], ids=["in forward", "in backward"])
