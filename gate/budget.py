@@ -15,6 +15,8 @@ from gate.build import Job
 FILE = Path(__file__).parent / "budget.json"
 # More registers than this part above the budget is a regression: fewer programs fit a processor.
 REGISTERS = 0.10
+# So many leave room for as many programs as a processor can hold anyway (64 warps of 65,536 registers; 8 of 512).
+FREE = {"cuda": 32, "hip": 64}
 
 Budget = dict[str, dict[str, list[int]]]
 
@@ -52,7 +54,7 @@ def faults(work: Job, found: dict[str, Any], budget: Budget | None) -> list[str]
     if allowed is None:
         return [*wrong, "not in gate/budget.json: run `make kernels UPDATE=1` and commit it"]
     registers, shared, _, mma = allowed
-    if found["registers"] > registers * (1 + REGISTERS):
+    if found["registers"] > max(registers * (1 + REGISTERS), FREE[work.target.backend]):
         wrong.append(f"{found['registers']} registers, the budget has {registers}")
     if found["shared"] > shared:
         wrong.append(f"{found['shared']} bytes of shared memory, the budget has {shared}")

@@ -126,6 +126,7 @@ def test_a_regression_is_seen(change, words):
     allowed = {"k": {"cuda:90": [40, 1024, 0, 4]}}
     assert budget.faults(WORK, FOUND, allowed) == []
     assert budget.faults(WORK, FOUND | {"registers": 44}, allowed) == []
+    assert budget.faults(WORK, FOUND | {"registers": 32}, {"k": {"cuda:90": [20, 1024, 0, 4]}}) == []
     assert any(words in fault for fault in budget.faults(WORK, FOUND | change, allowed))
 
 
