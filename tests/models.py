@@ -42,10 +42,10 @@ def llama(layers: int = 3, **changes: Any) -> nn.Module:
     return _shaken(LlamaForCausalLM(LlamaConfig(**config)))
 
 
-def gpt2(dropout: float = 0.1) -> nn.Module:
+def gpt2(dropout: float = 0.1, layers: int = 3) -> nn.Module:
     """A tiny GPT-2 (Conv1D projections, tied head), with dropout."""
     torch.manual_seed(0)
-    return _shaken(GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, use_cache=False, embd_pdrop=dropout,
+    return _shaken(GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=layers, n_head=4, n_positions=64, use_cache=False, embd_pdrop=dropout,
                                               attn_pdrop=dropout, resid_pdrop=dropout, bos_token_id=1, eos_token_id=2, loss_type="ForCausalLM")))
 
 

@@ -22,7 +22,7 @@ from fxopt.passes import presets
 from fxopt.passes.base import Pass
 from fxopt.passes.lora import Lora
 from fxopt.passes.pipeline import Pipeline, pipeline
-from fxopt.runtime import adapted, install, store
+from fxopt.runtime import adapted, adapter_files
 from fxopt.runtime.merge import Merge, MergeReport
 from fxopt.runtime.random_inputs import drawn
 
@@ -233,36 +233,23 @@ class Optimized(nn.Module):
     def save_adapter(self, folder: str | Path) -> None:
         """Write the active adapter as a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`).
 
+        An adapter that is not called `default` goes into a folder of its name inside, as in PEFT.
+
         Raises:
-            DataError: the model has no adapters.
+            DataError: the model has no adapters, or has one that PEFT's files cannot hold.
         """
-        found = []
-        for path, module, weights in adapted.adapted_modules(self.model):
-            for leaf, weight in weights.items():
-                fact = weight.adapters.get(self.dispatcher.active or "")
-                if fact is None:
-                    continue
-                if leaf != "weight":
-                    raise DataError(f"{weight.name}: PEFT's files hold adapters of parameters called `weight` only")
-                parts = adapted.factors(module, leaf, fact.adapter)
-                found.append(store.Adapter(path, parts["a"].detach(), parts["b"].detach(), fact.alpha, rslora=fact.variant == "rslora",
-                                           fan_in_fan_out=fact.transposed))
-        if not found:
-            raise DataError("the model has no adapters to save", do="optimize with the lora pass, and call the model once")
         config = getattr(self.model, "config", None)
-        store.write_adapters(folder, found, base_model=getattr(config, "_name_or_path", None) or None,
-                             modules=[name for name, _ in self.model.named_modules()])
+        adapter_files.save(self.model, self.dispatcher.active, folder, getattr(config, "_name_or_path", None) or None)
 
     def load_adapter(self, folder: str | Path) -> None:
-        """Read a PEFT folder into the active adapter.
+        """Read a PEFT folder into the active adapter (its own, or the one above it that has a folder of the adapter's name).
 
         Raises:
             DataError: the file is malformed, or its targets, shapes or scale are not the model's.
         """
         if self.dispatcher.pending or self.dispatcher.active is None:
             raise DataError("the model has no adapters yet", do="optimize with the lora pass and `inputs`, then load")
-        given = {f"{item.path}.weight": ({"a": item.a, "b": item.b}, item.scale) for item in store.read_adapters(folder)}
-        install.load_factors(self.model, given, self.dispatcher.active)
+        adapter_files.load(self.model, self.dispatcher.active, folder)
 
     def merge(self, base: str | None = None, *, original: nn.Module | Mapping[str, torch.Tensor] | None = None, adapter: str | None = None,
               inputs: tuple[Any, ...] | Mapping[str, Any] | None = None, certify: bool = True, dtype: torch.dtype | None = None) -> nn.Module:

@@ -232,12 +232,12 @@ def test_missing_fields_are_errors(tmp_path: Path, field: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"use_dora": True}, {"use_qalora": True}, {"use_bdlora": {"x": 1}}, {"lora_bias": True}, {"bias": "all"},
-        {"alora_invocation_tokens": [1]}, {"target_parameters": ["x"]}, {"layer_replication": [[0, 1]]},
+        {"use_qalora": True}, {"use_bdlora": {"x": 1}}, {"lora_bias": True}, {"bias": "all"},
+        {"alora_invocation_tokens": [1]}, {"layer_replication": [[0, 1]]}, {"use_dora": True},
         {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1]}, {"init_lora_weights": "pissa"},
         {"init_lora_weights": "olora"}, {"init_lora_weights": "loftq"}, {"kasa_config": {"r": 1}},
         {"arrow_config": {"a": 1}}, {"monteclora_config": {"a": 1}}, {"velora_config": {"a": 1}},
-        {"megatron_config": {"a": 1}}, {"ensure_weight_tying": True}, {"use_something_new": True},
+        {"megatron_config": {"a": 1}}, {"use_something_new": True},
     ],
     ids=str,
 )  # fmt: skip
@@ -254,7 +254,9 @@ def test_other_arithmetic_is_refused_by_name(tmp_path: Path, changes: dict) -> N
         ({"target_modules": [1]}, "`target_modules`"), ({"target_modules": {}}, "`target_modules`"),
         ({"peft_type": "IA3"}, "IA3"), ({"use_rslora": "yes"}, "`use_rslora`"), ({"rank_pattern": [1]}, "rank_pattern"),
         ({"rank_pattern": {"proj": 3}}, "rank is 2"), ({"rank_pattern": {"(a|a)*b": 2}}, "simple module pattern"),
-        ({"alpha_pattern": {"proj": None}}, "alpha_pattern"),
+        ({"alpha_pattern": {"proj": None}}, "alpha_pattern"), ({"use_dora": 1}, "`use_dora`"), ({"lora_dropout": "a"}, "`lora_dropout`"),
+        ({"modules_to_save": "head"}, "`modules_to_save`"), ({"modules_to_save": [""]}, "empty name"), ({"target_parameters": [1]}, "`target_parameters`"),
+        ({"target_parameters": ["x"], "target_modules": []}, "whose name only the model knows"), ({"ensure_weight_tying": 2}, "`ensure_weight_tying`"),
     ],
     ids=str,
 )  # fmt: skip
@@ -301,14 +303,17 @@ PATH = "base_model.model.layers.0.proj"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({f"{PATH}.lora_B.weight": None}, "only lora_A.weight"),
+        ({f"{PATH}.lora_B.weight": None}, "only a, not both"),
         ({f"{PATH}.lora_B.weight": torch.ones(4, 3)}, "shapes do not fit"),
-        ({f"{PATH}.lora_magnitude_vector": torch.ones(4)}, "not half of a linear"),
-        ({"base_model.model.lm_head.weight": torch.ones(4)}, "not half of a linear"),
-        ({"layers.0.proj.lora_A.weight": torch.ones(4)}, "not half of a linear"),
+        ({f"{PATH}.lora_magnitude_vector": torch.ones(4)}, "has DoRA magnitudes"),
+        ({f"{PATH}.lora_B.bias": torch.ones(4)}, "a part of an adapter that is not read"),
+        ({"base_model.model.lm_head.weight": torch.ones(4)}, "not of its `modules_to_save`"),
+        ({"layers.0.proj.lora_A.weight": torch.ones(4)}, "no part of a LoRA adapter"),
+        ({"base_model.model.lora_A.weight": torch.ones(4)}, "no part of an adapter"),
+        ({PATH.replace("proj", "proj.base_layer") + f".lora_{letter}.weight": torch.ones(2, 2) for letter in "AB"}, "does not select"),
         ({f"{PATH}.lora_A.weight": torch.ones(2, 4, dtype=torch.int32)}, "floating point"),
     ],
-    ids=range(6),
+    ids=range(9),
 )
 def test_wrong_tensors(tmp_path: Path, change: dict, message: str) -> None:
     file = edited(tmp_path, {}) / "adapter_model.safetensors"

@@ -16,26 +16,30 @@ class Installed:
     Attributes:
         names: of all its parameters and buffers.
         formats: of the weights that it stores quantized, by slot.
-        adapters: for each adapter's name, the weights that it adapts.
+        adapters: for each adapter's name, the weights that it adapts, each with its kind (see `LowRank`; "whole": `Trained`).
     """
 
     names: frozenset[str] = frozenset()
     formats: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), hash=False)
-    adapters: Mapping[str, frozenset[str]] = field(default_factory=lambda: MappingProxyType({}), hash=False)
+    adapters: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: MappingProxyType({}), hash=False)
 
 
 @dataclass(frozen=True)
 class LowRank:
     """A slot that is one part of a low-rank adapter: W' = W + scale * B A (transposed weights: W + scale * (B A)^T).
 
+    The factors' shapes by kind: "linear" a [rank, in], b [out, rank]; "embedding" a [rank, vocabulary], b [width, rank], always
+    transposed; "conv" a [rank, in, *kernel], b [out, rank, 1, ...]; "experts" (a stack of matrices) a [experts, rank, in],
+    b [experts, out, rank].
+
     DoRA: W' = m * (W + scale * B A) / ||W + scale * B A||, with one magnitude m for each output.
 
     Attributes:
         target: slot of the adapted weight.
-        factor: "a" ([rank, in]), "b" ([out, rank]) or "magnitude" ([out]).
+        factor: "a", "b" or "magnitude" (one for each output; [1, out, 1, ...] of a convolution).
         scale: what B A is multiplied by.
         transposed: the weight is stored as [in, out].
-        kind: "linear", "embedding", "conv" or "experts": what reads the weight, and with it the factors' shapes.
+        kind: "linear", "embedding", "conv" or "experts": what reads the weight.
         variant: "lora", "rslora" or "dora".
         dropout: probability of a zero in the adapter's input, in training.
     """
@@ -50,6 +54,18 @@ class LowRank:
     kind: str = "linear"
     variant: str = "lora"
     dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A slot that is an adapter's own copy of a parameter, trained whole: W' is the copy, the original stays as it is.
+
+    Attributes:
+        target: slot of the original.
+    """
+
+    target: str
+    adapter: str = "default"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 A weight with a low-rank adapter, or one kept in a quantized format, is a *getter* of its module under the weight's own
 name: W' = dequantized(base) + scale * B A. The passes' ops are the algebraic rewrite of that. The base tensor stays in
 the module's `_parameters` under its own name (or, quantized, in a child module of that name), so `state_dict` keeps the
-original names, and quantized weights appear under the keys of their format's files.
+original names, and quantized weights appear under the keys of their format's files. A parameter that an adapter trains
+whole is the adapter's copy; the original stays beside it. Tied weights share one record and one set of factors.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from fxopt.ir.facts import Installed, LowRank, Stored
+from fxopt.errors import FxoptError
+from fxopt.ir.facts import Installed, LowRank, Stored, Trained
+from fxopt.runtime.computed import Computed
 from fxopt.runtime.stored import StoredWeight
 
-_STATE = "_fxopt_adapted"
+_STATE, _LOADING = "_fxopt_adapted", "_fxopt_loading"
 _CLASSES: dict[tuple[type, tuple[str, ...]], type] = {}
-FACTORS = {"a": "lora_A", "b": "lora_B", "magnitude": "lora_magnitude_vector"}
+FACTORS = {"a": "lora_A", "b": "lora_B", "magnitude": "lora_magnitude_vector", "whole": "modules_to_save"}
 
 
 @dataclass
@@ -29,13 +32,15 @@ class Weight:
     """What is known of one adapted weight of a module: its adapters, and its storage if it is quantized.
 
     Attributes:
+        name: of its slot. Tied weights have one record, under the first of their names.
         adapters: by name; the fact of factor A stands for the whole adapter.
         active: the adapter that the weight has now; None: the base alone.
     """
 
     name: str
-    adapters: dict[str, LowRank] = field(default_factory=dict)
+    adapters: dict[str, LowRank | Trained] = field(default_factory=dict)
     stored: Stored | None = None
+    holder: StoredWeight | None = None  # of a stored weight
     position: int = 0  # among the module's parameters, so that names keep their order
     active: str | None = None
     dense: torch.Tensor | None = None  # kept only inside `dense_weights`
@@ -53,7 +58,27 @@ class Adapted:
                 holder.load(state_dict, key, missing_keys, error_msgs)
                 for name in holder.keys(key):
                     rest.pop(name, None)
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)  # type: ignore[misc]
+        self.__dict__[_LOADING] = True
+        try:
+            super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)  # type: ignore[misc]
+        finally:
+            del self.__dict__[_LOADING]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As for any module, but an adapted weight is computed, and cannot be assigned (`load_state_dict(assign=True)` gives it
+        another base).
+
+        Raises:
+            FxoptError: `name` is an adapted weight's.
+        """
+        weight: Weight | None = self.__dict__.get(_STATE, {}).get(name)
+        if weight is None or _LOADING in self.__dict__:
+            super().register_parameter(name, param)  # type: ignore[misc]
+            return
+        if weight.holder is not None:
+            self._modules[name] = weight.holder  # type: ignore[attr-defined]  # nn.Module has taken it out already
+        raise FxoptError(f"{weight.name} is an adapted weight, computed from its base and adapter: it cannot be assigned",
+                         do="write into the adapter's parameters, or into the base with `load_state_dict`; or `opt.merge()`, and assign in what it gives")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         kind = type(self)
@@ -76,7 +101,8 @@ def adapted_class(base: type, leaves: tuple[str, ...]) -> type:
 
 def _getter(leaf: str) -> Any:
     def get(self: nn.Module) -> torch.Tensor:
-        return value_of(self, leaf)
+        value = value_of(self, leaf)
+        return value if isinstance(value, nn.Parameter) or self.__dict__[_STATE][leaf].dense is not None else Computed.of(value)
 
     return get
 
@@ -89,28 +115,36 @@ def value_of(module: nn.Module, leaf: str) -> torch.Tensor:
     weight: Weight = module.__dict__[_STATE][leaf]
     if weight.dense is not None:
         return weight.dense
+    fact = weight.adapters.get(weight.active or "")
+    if isinstance(fact, Trained):
+        return factors(module, leaf, fact.adapter)["whole"]
     base = base_of(module, leaf)
-    return base if weight.active not in weight.adapters else with_adapter(base, module, leaf, weight.active)
+    return base if fact is None else with_adapter(base, module, leaf, fact.adapter)
 
 
 def with_adapter(base: torch.Tensor, module: nn.Module, leaf: str, adapter: str) -> torch.Tensor:
-    """A base weight with one of the module's adapters added."""
-    fact: LowRank = module.__dict__[_STATE][leaf].adapters[adapter]
+    """A base weight with one of the module's adapters added, in the base's dtype."""
+    fact = weight_of(module, leaf).adapters[adapter]
     parts = factors(module, leaf, adapter)
+    if isinstance(fact, Trained):
+        return parts["whole"].to(base.dtype)
     change = delta(fact, parts["a"], parts["b"])
     if fact.variant != "dora":
         return base + change.to(base.dtype)
     whole = base.to(change.dtype) + change
-    rows = whole if fact.transposed else whole.reshape(whole.shape[0], -1).t()  # [in, out]: a norm for each output
-    norm = rows.detach().norm(dim=0)
-    gain = parts["magnitude"] / norm
+    rows = whole.t() if fact.transposed else whole.reshape(whole.shape[0], -1)
+    gain = parts["magnitude"].reshape(-1) / rows.detach().norm(dim=1)  # the norm is a constant to the gradient
     return (whole * (gain if fact.transposed else gain.view(-1, *[1] * (whole.dim() - 1)))).to(base.dtype)
 
 
 def delta(fact: LowRank, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """scale * B A in the weight's own layout."""
-    product = (b @ a) * fact.scale
-    return product.t() if fact.transposed else product
+    """scale * B A in the weight's own layout and the factors' dtype; their shapes are by kind, see `LowRank`."""
+    if fact.kind == "conv":
+        product = (b.flatten(1) @ a.flatten(1)).view(b.shape[0], *a.shape[1:])
+    else:
+        product = b @ a  # of a stack: matrix by matrix
+    product = product * fact.scale
+    return product.mT if fact.transposed else product
 
 
 def base_of(module: nn.Module, leaf: str) -> torch.Tensor:
@@ -135,6 +169,11 @@ def weight_of(module: nn.Module, leaf: str) -> Weight:
     return module.__dict__[_STATE][leaf]
 
 
+def records(module: nn.Module) -> dict[str, Weight]:
+    """The records of a module's adapted weights."""
+    return module.__dict__.get(_STATE, {})
+
+
 # -- finding and switching -----------------------------------------------------------------------------------------------
 
 
@@ -146,7 +185,7 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str
 
 
 def weights_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Weight]]:
-    """(module, leaf, record) of every adapted weight."""
+    """(module, leaf, record) of every adapted weight; of tied ones, each place."""
     for _, module, weights in adapted_modules(model):
         for leaf, weight in weights.items():
             yield module, leaf, weight
@@ -158,7 +197,10 @@ def installed(model: nn.Module) -> Installed | None:
     if not found:
         return None
     names = frozenset(name for name, _ in (*model.named_parameters(), *model.named_buffers()))
-    adapters = {name: frozenset(w.name for *_, w in found if name in w.adapters) for *_, weight in found for name in weight.adapters}
+    adapters: dict[str, dict[str, str]] = {}
+    for *_, weight in found:
+        for name, fact in weight.adapters.items():
+            adapters.setdefault(name, {})[weight.name] = "whole" if isinstance(fact, Trained) else fact.kind
     return Installed(names, {w.name: w.stored.format for *_, w in found if w.stored is not None}, adapters)
 
 
@@ -184,6 +226,19 @@ def record(module: nn.Module, leaf: str, name: str) -> Weight:
         weights[leaf] = Weight(name)
         module.__class__ = adapted_class(base, tuple(weights))
     return weights[leaf]
+
+
+def share(module: nn.Module, leaf: str, owner: nn.Module, of: str) -> None:
+    """Give a weight that is tied to an adapted one the same record and the same factors."""
+    weights: dict[str, Weight] = module.__dict__.setdefault(_STATE, {})
+    if leaf not in weights:
+        base = type(module).__mro__[2] if isinstance(module, Adapted) else type(module)
+        weights[leaf] = weight_of(owner, of)
+        module.__class__ = adapted_class(base, tuple(weights))
+    for factor in FACTORS:
+        holder = owner._modules.get(holder_name(of, factor))
+        if holder is not None:
+            module._modules[holder_name(leaf, factor)] = holder
 
 
 def put(module: nn.Module, leaf: str, parameter: nn.Parameter, position: int) -> None:
@@ -238,7 +293,8 @@ def skeleton(model: nn.Module) -> Iterator[None]:
 def dense_weights(model: nn.Module) -> Iterator[None]:
     """Compute every adapted weight once and keep it dense, for many calls of the original code (generation).
 
-    Memory: one dense copy of all adapted weights until the block ends. No gradients.
+    Memory: one dense copy of all adapted weights until the block ends. No gradients; what is written into the copies is lost with
+    them.
     """
     try:
         with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from fxopt.errors import DataError, LowerError
-from fxopt.ir.facts import LowRank, Stored
+from fxopt.ir.facts import LowRank, Stored, Trained
 from fxopt.ir.program import Program, Slot
 from fxopt.kernels.formats import FORMATS
 from fxopt.runtime import adapted
@@ -34,9 +34,9 @@ def install(model: nn.Module, program: Program) -> list[str]:
             store_weight(model, parts[0].made.facts, list(_made(model, source, parts).values()))
         rest = [slot for slot in slots if not isinstance(slot.made.facts, Stored)]
         for slot, value in _made(model, source, rest).items():
-            if not isinstance(slot.made.facts, LowRank):
+            if not isinstance(slot.made.facts, LowRank | Trained):
                 raise LowerError(f"{slot.made.by} made state of a kind that the runtime does not know", where=slot.name)
-            _add_factor(model, slot, value)
+            _add_factor(model, slot, value, program.slots[slot.made.facts.target].aliases)
         created += [slot.name for slot in slots]
     for name in program.frozen:
         if _exists(model, name):
@@ -76,18 +76,22 @@ def _base(model: nn.Module, name: str) -> torch.Tensor | None:
     return owner._buffers.get(leaf)
 
 
-def _add_factor(model: nn.Module, slot: Slot, value: torch.Tensor) -> None:
-    fact: LowRank = slot.made.facts
+def _add_factor(model: nn.Module, slot: Slot, value: torch.Tensor, aliases: Sequence[str]) -> None:
+    fact: LowRank | Trained = slot.made.facts
+    factor = fact.factor if isinstance(fact, LowRank) else "whole"
     path, _, leaf = fact.target.rpartition(".")
     module = model.get_submodule(path)
     weight = adapted.record(module, leaf, fact.target)
-    holder = adapted.holder_name(leaf, fact.factor)
+    holder = adapted.holder_name(leaf, factor)
     if holder not in module._modules:
         module._modules[holder] = nn.ParameterDict()
     module._modules[holder][fact.adapter] = nn.Parameter(value, requires_grad=slot.requires_grad)  # type: ignore[index]
-    if fact.factor == "a":
+    if factor in ("a", "whole"):
         weight.adapters[fact.adapter] = fact
         weight.active = fact.adapter
+    for alias in aliases:
+        other, _, name = alias.rpartition(".")
+        adapted.share(model.get_submodule(other), name, module, leaf)
 
 
 def store_weight(model: nn.Module, stored: Stored, parts: Sequence[torch.Tensor]) -> None:
@@ -98,15 +102,16 @@ def store_weight(model: nn.Module, stored: Stored, parts: Sequence[torch.Tensor]
     weight.position = list(module._parameters).index(leaf)
     FORMATS[stored.format].check(parts, stored.shape)
     del module._parameters[leaf]
-    module._modules[leaf] = StoredWeight(parts, stored)
+    module._modules[leaf] = weight.holder = StoredWeight(parts, stored)
     weight.stored = stored
 
 
-def load_factors(model: nn.Module, given: Mapping[str, tuple[Mapping[str, torch.Tensor], float]], adapter: str = "default") -> None:
+def load_factors(model: nn.Module, given: Mapping[str, tuple[Mapping[str, torch.Tensor], float | None]], adapter: str = "default") -> None:
     """Copy values into the adapters of the named weights, all or nothing.
 
     Args:
-        given: for each weight's name its factors ("a", "b", perhaps "magnitude") and scale.
+        given: for each weight's name its factors ("a", "b", perhaps "magnitude") and scale; or "whole" and None, for a parameter that
+            the adapter trains whole.
 
     Raises:
         DataError: if the weights are not exactly the model's adapted ones, or a factor, a shape or a scale differs.
@@ -115,23 +120,24 @@ def load_factors(model: nn.Module, given: Mapping[str, tuple[Mapping[str, torch.
     extra, missing = sorted(given.keys() - mine.keys()), sorted(mine.keys() - given.keys())
     if extra or missing:
         raise DataError(f"the adapter's weights are not the model's: {len(extra)} unknown, {len(missing)} missing",
-                        where=", ".join((extra + missing)[:4]), do="optimize the model with the adapter's own targets")
+                        where=", ".join((extra + missing)[:4]), do="optimize the model with the adapter's own targets and modules_to_save")
     pairs = []
     for name, (parts, scale) in given.items():
         module, leaf, weight = mine[name]
         have, fact = adapted.factors(module, leaf, adapter), weight.adapters[adapter]
         if have.keys() != parts.keys():
-            raise DataError(f"{name}: the adapter has the factors {', '.join(sorted(parts))}, the model's has {', '.join(sorted(have))}",
-                            do="optimize with the adapter's own variant (lora or dora)")
+            raise DataError(f"{name}: the adapter has {', '.join(sorted(parts))}, the model's has {', '.join(sorted(have))}",
+                            do="optimize with the adapter's own variant (lora or dora), targets and modules_to_save")
         for factor, value in parts.items():
             if have[factor].shape != value.shape:
+                rank = parts["a"].shape[-2 if fact.kind == "experts" else 0] if isinstance(fact, LowRank) else 0
                 raise DataError(f"{name}: the adapter is {tuple(value.shape)}, the model's is {tuple(have[factor].shape)}",
-                                do=f"optimize with lora(rank={parts['a'].shape[0]})")
+                                do=f"optimize with lora(rank={rank})" if rank else "load it on the model that it was trained on")
             pairs.append((have[factor], value))
-        if abs(scale - fact.scale) > _SAME_SCALE * max(abs(scale), 1.0):
-            rank = parts["a"].shape[0]
+        if isinstance(fact, LowRank) and scale is not None and abs(scale - fact.scale) > _SAME_SCALE * max(abs(scale), 1.0):
+            alpha = scale * (fact.rank**0.5 if fact.variant == "rslora" else fact.rank)
             raise DataError(f"{name}: the adapter was trained with the scale {scale:g}, the model has {fact.scale:g}",
-                            do=f"optimize with lora(alpha={scale * rank:g})")
+                            do=f"optimize with lora(alpha={alpha:g}), or with the adapter's own variant (rslora divides by the root of the rank)")
     with torch.no_grad():
         for parameter, value in pairs:
             parameter.copy_(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,14 +64,15 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 _DESCRIPTIVE = frozenset(
-    "auto_mapping base_model_name_or_path corda_config eva_config inference_mode lora_dropout lora_ga_config "
+    "auto_mapping base_model_name_or_path corda_config eva_config inference_mode lora_ga_config "
     "loftq_config megatron_core peft_version qalora_group_size revision task_type".split()
 )
 """Fields that describe the adapter's history or its training and do not change what a saved adapter computes."""
 
 _READ = frozenset(
-    "alpha_pattern bias exclude_modules fan_in_fan_out init_lora_weights layers_pattern layers_to_transform "
-    "lora_alpha peft_type r rank_pattern target_modules use_rslora".split()
+    "alpha_pattern bias ensure_weight_tying exclude_modules fan_in_fan_out init_lora_weights layers_pattern "
+    "layers_to_transform lora_alpha lora_dropout modules_to_save peft_type r rank_pattern target_modules "
+    "target_parameters use_dora use_rslora".split()
 )
 """Fields that `parse` reads. Every other field must be empty (null, false, 0, "none", [] or {})."""
 
@@ -81,7 +82,7 @@ change them, so their adapter is only right on a base that this file does not de
 
 @dataclass(frozen=True)
 class Scale:
-    """How one module's adapter is scaled: the update is `scale * (x @ a.T) @ b.T`."""
+    """How one weight's adapter is scaled: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
 
     r: int
     alpha: float
@@ -93,10 +94,18 @@ class AdapterConfig:
 
     default: Scale
     rslora: bool
+    dora: bool
+    dropout: float
     fan_in_fan_out: bool
     targets: tuple[str, ...] | None
     """Names or suffixes of the adapted modules; None when the file gives a regular expression, which is not run:
     the tensors in the file name the modules."""
+    parameters: tuple[str, ...]
+    """Names or suffixes of parameters that are adapted themselves (stacks of experts)."""
+    saved: tuple[str, ...]
+    """Ends of the paths of modules that are trained whole."""
+    tied: bool
+    """The embedding and the head share one adapter."""
     ranks: ModulePatterns[int]
     alphas: ModulePatterns[float]
 
@@ -106,25 +115,50 @@ class AdapterConfig:
 
     def covers(self, path: str) -> bool:
         """Whether PEFT would adapt the module at `path` (always true for a regular expression, see `targets`)."""
-        return self.targets is None or any(path == name or path.endswith("." + name) for name in self.targets)
+        return self.targets is None or _ends(path, self.targets)
+
+    def covers_parameter(self, name: str) -> bool:
+        """Whether PEFT would adapt this parameter itself."""
+        return _ends(name, self.parameters)
+
+    def saves(self, path: str) -> bool:
+        """Whether the module at `path`, or one that it lies in, is trained whole."""
+        return lies_in(path, self.saved)
+
+
+def lies_in(path: str, ends: tuple[str, ...]) -> bool:
+    """Whether a module, or one that it lies in, has a path with one of these ends: so PEFT finds modules to save."""
+    parts = path.split(".")
+    return any(".".join(parts[:count]).endswith(ends) for count in range(1, len(parts) + 1))
+
+
+def _ends(path: str, names: Iterable[str]) -> bool:
+    return any(path == name or path.endswith("." + name) for name in names)
 
 
 def build(
     scales: Mapping[str, Scale],
+    parameters: Mapping[str, Scale],
     *,
     rslora: bool,
+    dora: bool,
+    dropout: float,
+    saved: Sequence[str],
+    tied: bool,
     fan_in_fan_out: bool,
     modules: Iterable[str] | None,
     base_model: str | None,
     task_type: str | None,
 ) -> dict[str, Any]:
-    """The 41 fields that PEFT writes, for adapters at the module paths of `scales`.
+    """The 41 fields that PEFT writes, for adapters at the module paths of `scales` and of the named `parameters`.
 
     `modules` are the paths of all modules of the base model. With them `target_modules` is made of the shortest
-    names that select exactly the given paths; without them it is the list of full paths.
+    names that select exactly the given paths; without them it is the list of full paths. `saved` are paths of modules
+    that are trained whole.
     """
-    (common, _), *_ = Counter(scales.values()).most_common(1)
-    different = {f"^{re.escape(path)}": scale for path, scale in scales.items() if scale != common}
+    every = {**scales, **parameters}
+    common = Counter(every.values()).most_common(1)[0][0] if every else Scale(_DEFAULTS["r"], _DEFAULTS["lora_alpha"])
+    different = {f"^{re.escape(path)}": scale for path, scale in every.items() if scale != common}
     return _DEFAULTS | {
         "r": common.r,
         "lora_alpha": _plain(common.alpha),
@@ -132,7 +166,12 @@ def build(
         "rank_pattern": {key: scale.r for key, scale in different.items()},
         "alpha_pattern": {key: _plain(scale.alpha) for key, scale in different.items()},
         "target_modules": target_modules(scales.keys(), modules),
+        "target_parameters": sorted(parameters) or None,
+        "modules_to_save": list(saved) or None,
+        "lora_dropout": _plain(dropout) if dropout else 0.0,
         "use_rslora": rslora,
+        "use_dora": dora,
+        "ensure_weight_tying": tied,
         "fan_in_fan_out": fan_in_fan_out,
         "base_model_name_or_path": base_model,
         "task_type": task_type,
@@ -196,8 +235,13 @@ def parse(config: Mapping[str, Any], *, where: str) -> AdapterConfig:
     return AdapterConfig(
         default=Scale(_rank(config["r"], "r", where), _number(config["lora_alpha"], "lora_alpha", where)),
         rslora=_typed(config.get("use_rslora", False), bool, "use_rslora", where),
+        dora=_typed(config.get("use_dora", False), bool, "use_dora", where),
+        dropout=_number(config.get("lora_dropout") or 0.0, "lora_dropout", where),
         fan_in_fan_out=_typed(config.get("fan_in_fan_out", False), bool, "fan_in_fan_out", where),
         targets=targets,
+        parameters=_names(config.get("target_parameters"), "target_parameters", where),
+        saved=_names(config.get("modules_to_save"), "modules_to_save", where),
+        tied=_typed(config.get("ensure_weight_tying", False), bool, "ensure_weight_tying", where),
         ranks=ModulePatterns.of(ranks, field="rank_pattern", where=where),
         alphas=ModulePatterns.of(alphas, field="alpha_pattern", where=where),
     )
@@ -216,7 +260,7 @@ def _refuse_other_arithmetic(field: str, value: Any, where: str) -> None:
         raise DataError(
             f"The adapter configuration sets `{field}`, which {known}: {value!r:.80}.",
             where=where,
-            do="fxopt computes B(Ax) * scale on linear layers only; remove the field only if it has no effect there.",
+            do="Remove the field only if it has no effect on what the adapter computes.",
         )
     elif field == "bias" and value != "none":
         raise DataError(f"The adapter trained biases too (`bias` = {value!r:.80}).", where=where)
@@ -226,6 +270,13 @@ def _typed(value: Any, kind: type, field: str, where: str) -> Any:
     if not isinstance(value, kind):
         raise DataError(f"`{field}` must be {kind.__name__}, but is {value!r:.80}.", where=where)
     return value
+
+
+def _names(value: Any, field: str, where: str) -> tuple[str, ...]:
+    names = tuple(_typed(name, str, field, where) for name in _typed(value or [], list, field, where))
+    if "" in names:
+        raise DataError(f"`{field}` has an empty name.", where=where)
+    return names
 
 
 def _rank(value: Any, field: str, where: str) -> int:
