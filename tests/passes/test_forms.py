@@ -76,6 +76,12 @@ def pairs(s: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return q * cos + torch.stack((-q[..., 1::2], q[..., ::2]), -1).flatten(-2) * sin
 
 
+def pairs_widened_late(s: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    q, angle = angles(x)
+    cos, sin = (table.repeat_interleave(2, -1)[None, :, None] for table in (angle.cos(), angle.sin()))
+    return (q.float() * cos + torch.stack((-q[..., 1::2], q[..., ::2]), -1).flatten(-2).float() * sin).to(q.dtype)
+
+
 def selected_pairs(s: nn.Module, x: torch.Tensor) -> torch.Tensor:
     q, angle = angles(x)
     cache = torch.stack([angle.cos(), angle.sin()], dim=-1).view(1, x.shape[1], 1, 4, 2)
@@ -98,6 +104,7 @@ FORMS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "complex turns": ("rope", lambda: Written(complex_turns)),
     "halves, cast back": ("rope", lambda: Written(halves_cast_back)),
     "pairs": ("rope", lambda: Written(pairs)),
+    "pairs, widened late": ("rope", lambda: Written(pairs_widened_late)),
     "selected pairs": ("rope", lambda: Written(selected_pairs)),
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import PassError
@@ -22,6 +23,7 @@ from fxopt.ir.program import Program, Signature
 
 # Distinct stand-ins for dynamic sizes: primes, larger than the static sizes they could be mistaken for.
 _PRIMES = (7919, 7927, 7933, 7937, 7949, 7951, 7963, 7993, 8009, 8011, 8017, 8039)
+_NOTHING = pytree.tree_structure(())
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,6 @@ class Template:
     inputs: Mapping[str, fx.Node]
     output: fx.Node
     size: int
-
-
-class _Function(torch.nn.Module):
-    def __init__(self, fn: Callable[..., torch.Tensor], scalars: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.fn, self.scalars = fn, dict(scalars)
-
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        return self.fn(*tensors, **self.scalars)
 
 
 @contextlib.contextmanager
@@ -56,13 +49,14 @@ def trace(fn: Callable[..., torch.Tensor], inputs: Mapping[str, torch.Tensor], s
         fn: takes the tensors in order and the scalars by keyword; returns one tensor; draws no random numbers.
         inputs: distinct tensors by name; only shapes and dtypes matter.
     """
-    with FakeTensorMode():  # no memory, whatever the sizes; rows are contiguous, as reading pairs as complex numbers needs
-        examples = tuple(torch.empty(value.shape, dtype=value.dtype) for value in inputs.values())
-    with without_autocast():
-        exported = torch.export.export(_Function(fn, scalars), examples, strict=False)
-    graph, _ = copy_graph(exported.graph)
-    first = next(iter(graph.nodes))
-    program = Program(graph, {}, Signature(exported.call_spec.in_spec, (), exported.call_spec.out_spec), meta.value(first).fake_mode)
+    mode = FakeTensorMode()  # no memory, whatever the sizes
+    with mode:  # rows are contiguous, as reading pairs as complex numbers needs
+        examples = [torch.empty(value.shape, dtype=value.dtype) for value in inputs.values()]
+    # layer_norm says in an argument whether cuDNN may be used; torch.export, which captured the program, switches it off
+    with without_autocast(), torch.no_grad(), torch.backends.cudnn.flags(enabled=False):
+        traced = make_fx(lambda *tensors: (fn(*tensors, **scalars),), pre_dispatch=True)(*examples)
+    graph, _ = copy_graph(traced.graph)
+    program = Program(graph, {}, Signature(_NOTHING, (), _NOTHING), mode)
     edit = Edit(program, by="pattern")
     while normalize(edit):
         pass

@@ -65,6 +65,11 @@ def _half_wide(x, cos, sin, *, half):
     return (wide * cos + torch.cat((-wide[..., half:], wide[..., :half]), dim=-1) * sin).to(x.dtype)
 
 
+def _half_wide_after(x, cos, sin, *, half):
+    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return (x.float() * cos + rotated.float() * sin).to(x.dtype)
+
+
 def _half_split(x, cos, sin, *, half):
     first, second = x[..., :half], x[..., half:]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -88,6 +93,11 @@ def _pairs_wide(x, cos, sin):
     wide = x.float()
     rotated = torch.stack((-wide[..., 1::2], wide[..., ::2]), dim=-1).flatten(-2)
     return (wide * cos + rotated * sin).to(dtype=x.dtype)
+
+
+def _pairs_wide_after(x, cos, sin):
+    rotated = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    return (x.float() * cos + rotated.float() * sin).to(x.dtype)
 
 
 def _pairs_split(x, cos, sin):
@@ -211,12 +221,14 @@ PATTERNS = (
     _pattern(_half_chunk, False, False, scalar=False),
     _pattern(_half_wide, False, False, dtype=_LOW),
     _pattern(_half_wide, False, False, dtype=_LOW, table=_LOW),
+    _pattern(_half_wide_after, False, False, dtype=_LOW),
     _pattern(_half_split, False, True),
     _pattern(_half_split_chunk, False, True, scalar=False),
     _pattern(_half_split_swapped, False, True),
     _pattern(_pairs, True, False, scalar=False),
     _pattern(_pairs_wide, True, False, dtype=_LOW, scalar=False),
     _pattern(_pairs_wide, True, False, dtype=_LOW, table=_LOW, scalar=False),
+    _pattern(_pairs_wide_after, True, False, dtype=_LOW, scalar=False),
     _pattern(_pairs_split, True, True, scalar=False),
     _pattern(_pairs_selected, True, True, scalar=False),
     _pattern(_pairs_selected, True, True, dtype=_LOW, scalar=False),
