@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from hypothesis import strategies as st
 
-from fxopt.kernels.cases import DTYPES, leading, seeds, tensors
+from fxopt.kernels.cases import DTYPES, HUGE_ROWS, HUGE_WIDTH, leading, seeds, tensors
 from fxopt.kernels.cross_entropy.body import REDUCTIONS
 from fxopt.kernels.op import Case
 
@@ -58,3 +58,10 @@ def rows() -> Iterator[tuple[str, Case]]:
     yield "20% of rows supervised", call(256, 49152, 0.2)
     yield "soft cap", call(256, 49152, softcap=30.0)
     yield "1,000 classes, smoothed", call(4096, 1000, smoothing=0.1)
+
+
+def huge() -> Iterator[tuple[str, Case]]:
+    """Rows one after the other, and classes one after the other."""
+    options = (torch.zeros(HUGE_ROWS, dtype=torch.int64), -100, "mean", 0.1, 0.0, 1.0, 0.0)
+    yield "rows", Case((torch.empty(HUGE_ROWS, HUGE_WIDTH), *options), (0,))
+    yield "columns", Case((torch.empty(HUGE_WIDTH, HUGE_ROWS).t(), *options), (0,))

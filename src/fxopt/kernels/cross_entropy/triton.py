@@ -88,7 +88,7 @@ def row_kernel(logits_ptr, logits_row, logits_column, bias_ptr, target_ptr, weig
                WEIGHTED: tl.constexpr, SUMS: tl.constexpr, LOG_PROB: tl.constexpr, ENTROPY: tl.constexpr,
                CORRECT: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
     """One row a program. The gradient may lie over the logits: a thread writes where it has read, and the label's column,
-    which every thread reads at the start, is written after the barriers of the sums."""
+    which every thread reads at the start, is written once, after the barriers of the sums."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(target_ptr + row)
     logits = logits_ptr + row * logits_row

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from hypothesis import strategies as st
 
-from fxopt.kernels.cases import DTYPES, HIDDEN, TOKENS, VOCABULARY, leading, normal, seeds, subset, tensors
+from fxopt.kernels.cases import DTYPES, HIDDEN, HUGE_ROWS, HUGE_WIDTH, TOKENS, VOCABULARY, leading, normal, seeds, subset, tensors
 from fxopt.kernels.cross_entropy.body import REDUCTIONS
 from fxopt.kernels.cross_entropy.cases import options, targets
 from fxopt.kernels.op import Case
@@ -51,3 +51,17 @@ def rows() -> Iterator[tuple[str, Case]]:
     yield "trained head", call(0.2, grads=(0, 1))
     yield "soft cap and bias", call(0.2, bias=normal(VOCABULARY, seed=2), softcap=30.0)
     yield "no gradient, with statistics", call(0.2, grads=(), statistics=(True, False, True))
+
+
+def huge() -> Iterator[tuple[str, Case]]:
+    """A huge chunk of logits; many rows and many classes of the kernel that holds none."""
+
+    def call(rows, width, classes, chunk, grads):
+        mask, statistics = [place in grads for place in range(3)], [True, False, True]
+        options = (torch.zeros(rows, dtype=torch.int64), -100, "mean", 0.0, 0.0, 1.0, 0.0, chunk, 0)
+        return Case((torch.empty(rows, width), torch.empty(classes, width), None, *options, mask, statistics), grads)
+
+    many = HUGE_ROWS * HUGE_WIDTH // 1024
+    yield "one chunk", call(HUGE_ROWS, HUGE_WIDTH, HUGE_WIDTH, HUGE_ROWS, (0, 1))
+    yield "rows without logits", call(many, 1024, 1000, 0, ())
+    yield "classes without logits", call(4096, 1024, many, 0, ())

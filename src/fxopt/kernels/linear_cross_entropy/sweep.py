@@ -205,7 +205,7 @@ class Aten:
         torch.mm(grad.to(head.weight.dtype), head.weight, out=out)
 
     def add_d_weight(self, total, grad, rows):
-        total.addmm_(grad.t(), rows.to(total.dtype))
+        torch.addmm(total, grad.t(), rows.to(total.dtype), out=total)
 
 
 ATEN = Aten()

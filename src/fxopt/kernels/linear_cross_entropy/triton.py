@@ -173,7 +173,7 @@ class Gpu:
         if grad.is_cuda and grad.dtype != total.dtype:
             torch.addmm(total, grad.t(), rows, out_dtype=total.dtype, out=total)
         else:
-            total.addmm_(grad.t().to(total.dtype), rows.to(total.dtype))
+            torch.addmm(total, grad.t().to(total.dtype), rows.to(total.dtype), out=total)
 
 
 GPU = Gpu()
