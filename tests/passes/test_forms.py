@@ -41,6 +41,10 @@ def rounded_first(s: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)).type_as(x) * s.weight
 
 
+def rounded_scale(s: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6).to(x.dtype) * s.weight
+
+
 def gate_second(s: nn.Module, x: torch.Tensor) -> torch.Tensor:
     up, gate = s.wide(x).chunk(2, -1)
     return F.silu(gate) * up
@@ -97,6 +101,7 @@ FORMS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "over the root": ("rms_norm", lambda: Written(root_mean_square)),
     "products": ("rms_norm", lambda: Written(products)),
     "rounded first": ("rms_norm", lambda: Written(rounded_first)),
+    "rounded scale": ("rms_norm", lambda: Written(rounded_scale)),
     "nn.LayerNorm without bias": ("layer_norm", lambda: Written(lambda s, x: s.norm(x), nn.LayerNorm(WIDTH, bias=False))),
     "layer norm in fp32": ("layer_norm", lambda: Written(lambda s, x: F.layer_norm(x.float(), (WIDTH,), s.weight.float(), s.bias.float()).type_as(x))),
     "gate second": ("swiglu", lambda: Written(gate_second)),

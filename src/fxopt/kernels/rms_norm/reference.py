@@ -95,6 +95,14 @@ def _square_cast_scale(x, weight, *, eps):
     return weight * xhat.type_as(x)
 
 
+def _rounded_rsqrt(x, weight, *, eps):
+    return weight * (x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps).to(x.dtype))
+
+
+def _rounded_rsqrt_no_weight(x, *, eps):
+    return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps).to(x.dtype)
+
+
 def _plain_rsqrt(x, weight, *, eps):
     return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
 
@@ -175,6 +183,8 @@ PATTERNS = (
     *_both(_square_cast_scale, "cast_then_scale"),
     *_both(_rsqrt_no_weight, "scale_then_cast", weight=False),
     *_both(_power_no_weight, "scale_then_cast", weight=False),
+    _pattern(_rounded_rsqrt, "none", torch.bfloat16),
+    _pattern(_rounded_rsqrt_no_weight, "none", torch.bfloat16, weight=False),
     # All in the dtype of x: the op computes in fp32, and rounds once.
     *_both(_plain_rsqrt, "none"),
     *_both(_plain_rsqrt_no_weight, "none", weight=False),
