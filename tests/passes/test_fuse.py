@@ -15,20 +15,20 @@ from fxopt.passes.fuse import Fuse, rules
 
 # Ops that each model must get, of as many places as it has: norms, gated units, rotations of queries and keys (one op).
 EXPECTED = {
-    "llama": {"rms_norm": 3, "swiglu": 1, "rope": 1},
-    "gemma": {"rms_norm": 3, "geglu": 1, "rope": 1},
-    "gemma2": {"rms_norm": 5, "geglu": 1, "rope": 1},
-    "phi3": {"rms_norm": 3, "swiglu": 1, "rope": 1},
-    "gptj": {"layer_norm": 2, "rope": 1},
-    "cohere": {"layer_norm": 2, "swiglu": 1, "rope": 1},
-    "qwen3": {"rms_norm": 5, "swiglu": 1, "rope": 1},
-    "mistral": {"rms_norm": 3, "swiglu": 1, "rope": 1},
-    "granite": {"rms_norm": 3, "swiglu": 1, "rope": 1},
-    "gpt2": {"layer_norm": 3},
-    "neox": {"layer_norm": 3, "rope": 1},
-    "bert": {"layer_norm": 4},
-    "modernbert": {"layer_norm": 4, "geglu": 1, "rope": 1},
-    "t5": {"rms_norm": 7},
+    "llama": {"rms_norm": 1, "add_rms_norm": 2, "swiglu": 1, "rope": 1},
+    "gemma": {"rms_norm": 1, "add_rms_norm": 2, "geglu": 1, "rope": 1},
+    "gemma2": {"rms_norm": 3, "add_rms_norm": 2, "geglu": 1, "rope": 1},
+    "phi3": {"rms_norm": 1, "add_rms_norm": 2, "swiglu": 1, "rope": 1},
+    "gptj": {"layer_norm": 1, "add_layer_norm": 1, "rope": 1},
+    "cohere": {"layer_norm": 1, "add_layer_norm": 1, "swiglu": 1, "rope": 1},
+    "qwen3": {"rms_norm": 3, "add_rms_norm": 2, "swiglu": 1, "rope": 1},
+    "mistral": {"rms_norm": 1, "add_rms_norm": 2, "swiglu": 1, "rope": 1},
+    "granite": {"rms_norm": 1, "add_rms_norm": 2, "swiglu": 1, "rope": 1},
+    "gpt2": {"layer_norm": 1, "add_layer_norm": 2},
+    "neox": {"layer_norm": 2, "add_layer_norm": 1, "rope": 1},
+    "bert": {"layer_norm": 2, "add_layer_norm": 2},
+    "modernbert": {"layer_norm": 2, "add_layer_norm": 2, "geglu": 1, "rope": 1},
+    "t5": {"rms_norm": 2, "add_rms_norm": 5},
 }
 
 
@@ -43,7 +43,7 @@ def test_models(name: str) -> None:
     guards = len(captured.program.fake_mode.shape_env.guards)
     fused = captured.check(Fuse())
     assert ops(fused) == EXPECTED[name]
-    assert not fused.misses
+    assert all(said.startswith("the add broadcasts") for said in fused.misses)  # of embeddings and positions
     assert len(captured.program.fake_mode.shape_env.guards) == guards
 
 
@@ -72,7 +72,7 @@ def test_one_kind_of_op() -> None:
 def test_rewrites_name_their_rule_and_place() -> None:
     rewrite = family("llama").after("canonicalize", Fuse()).program.log[-1].rewrites[0]
     assert rewrite.rule.startswith("rope.half (reference.py:") or rewrite.rule.startswith("rms_norm.")
-    assert all("(reference.py:" in each.rule for each in family("llama").after("canonicalize", Fuse()).program.log[-1].rewrites)
+    assert all("(reference.py:" in each.rule or "(residual.py:" in each.rule for each in family("llama").after("canonicalize", Fuse()).program.log[-1].rewrites)
     assert any(each.path == "model.norm" and each.source for each in family("llama").after("canonicalize", Fuse()).program.log[-1].rewrites)
 
 

@@ -121,6 +121,22 @@ def delay(graph: fx.Graph, names: set[str]) -> None:
             first.prepend(node)
 
 
+def call_behind(graph: fx.Graph, source: fx.Node, target: Any, args: tuple[Any, ...], val: tuple[Any, ...], like: fx.Node,
+                instead: dict[fx.Node, int]) -> list[fx.Node]:
+    """Call `target(source, *args)`, whose value is a tuple, right behind `source`; readers of each node of `instead` read that
+    item of it. Returns the call and its items."""
+    with graph.inserting_after(source):
+        call = graph.call_function(target, (source, *args))
+    call.meta = {**like.meta, "val": val}
+    made = [call]
+    for old, index in instead.items():
+        with graph.inserting_after(call):
+            made.append(graph.call_function(operator.getitem, (call, index)))
+        made[-1].meta = dict(old.meta)
+        old.replace_all_uses_with(made[-1])
+    return made
+
+
 def reshape_views(graph: fx.Graph) -> None:
     """`view` becomes `reshape` in a functional graph: equal where the view exists, and right where the strides at run time
     are others than the fake ones (a batch norm of a transposed tensor)."""

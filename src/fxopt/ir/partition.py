@@ -18,6 +18,7 @@ import torch.fx as fx
 
 from fxopt.errors import LowerError
 from fxopt.ir import meta
+from fxopt.ir.derive import sources, take
 from fxopt.ir.edit import delay, extract, random
 from fxopt.ir.joint import Joint
 from fxopt.ir.regions import is_view
@@ -101,9 +102,10 @@ def split(joint: Joint, policy: Policy) -> Split:
     saved = policy(joint, classes)
     tangents = [node for _, node in joint.tangents]
     forward = extract(joint.graph, list(joint.primals), [*outputs, *mutated, *saved])
+    shortcuts = take(joint.graph, saved)
     backward = extract(joint.graph, [*saved, *tangents], [joint.gradients[i] for i in wanted])
     names = {n.name for n in backward.nodes}
-    twice = [n for n in classes.forward if n.op == "call_function" and n.name in names and n not in saved]
+    twice = [n for n in (*classes.forward, *shortcuts) if n.op == "call_function" and n.name in names and n not in saved]
     recomputed = tuple(n.name for n in twice)
     delay(backward, set(recomputed))
     again = [n.name for n in twice if random(n) or (heavy(n) and not checkpointed(n, classes))]
@@ -165,7 +167,7 @@ def save_all(joint: Joint, classes: Classes) -> list[fx.Node]:
         if (is_view(node) and node not in classes.backward) or (node.op == "call_function" and checkpointed(node, classes)):
             for source in node.all_input_nodes:
                 need(source)
-        elif node.op == "call_function" and node not in classes.forward:
+        elif node.op == "call_function" and node not in classes.forward and node.target is not operator.getitem:
             for source in node.all_input_nodes:  # neither forward nor backward: sizes, transposes, constants
                 need(source)
         else:
@@ -190,7 +192,7 @@ _HEAVY = {
     aten.mkldnn_rnn_layer.default, aten.embedding_bag.padding_idx, aten._embedding_bag.default, aten.nonzero.default,
 }
 _LIGHT = {
-    "rms_norm", "layer_norm", "swiglu", "geglu", "rope",  # fxopt ops that cost one pass over memory
+    "rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "swiglu", "geglu", "rope",  # fxopt ops that cost one pass over memory
 }
 _LIGHT_ATEN = {
     aten.native_layer_norm.default, aten.native_group_norm.default, aten._softmax.default, aten._log_softmax.default, aten.cat.default,
@@ -249,6 +251,9 @@ def min_cut(joint: Joint, classes: Classes) -> list[fx.Node]:
     # state, and inputs without a gradient (masks, rotary tables: shared by all blocks), are alive anyway
     alive = {p for i, (p, g) in enumerate(zip(joint.primals, joint.gradients)) if i >= joint.n_inputs or g is None}
     candidates = [n for n in joint.graph.nodes if n not in classes.backward and n.op in ("placeholder", "call_function")]
+    second = sources(joint.graph)
+    for item, source in second.items():
+        graph.add_edge((source, "out"), (item, "in"), capacity=infinite)
     for node in candidates:
         sized[node] = weight(node)
         graph.add_edge((node, "in"), (node, "out"), capacity=sized[node])
@@ -261,7 +266,7 @@ def min_cut(joint: Joint, classes: Classes) -> list[fx.Node]:
             else:
                 graph.add_edge("source", (node, "in"), capacity=infinite)
         for user in node.users:
-            if user in classes.backward or user.op == "output":
+            if user in classes.backward or user.op == "output" or user in second:
                 continue
             if not fixed or not isinstance(meta.value(node), (tuple, list)):
                 graph.add_edge((node, "out"), (user, "in"), capacity=infinite)

@@ -21,7 +21,7 @@ from fxopt.ir.template import emit, without_autocast
 from fxopt.kernels.catalog import CATALOG
 from fxopt.kernels.op import FusedOp, Pattern
 from fxopt.kernels.tolerance import eager_error, excess
-from fxopt.passes import rotations
+from fxopt.passes import residual, rotations
 from fxopt.passes.base import Pass, Promise
 
 
@@ -43,7 +43,7 @@ class Fuse(Pass):
     promise: ClassVar[Promise] = Promise(values="tolerance")
 
     def __post_init__(self) -> None:
-        known = sorted({rule.op.name for rule in rules()})
+        known = sorted({*(rule.op.name for rule in rules()), *residual.OPS})
         for name in self.ops:
             if name not in known:
                 raise PassError(f"fuse: there is no op {name!r} with patterns", do=f"the ops are {', '.join(known)}")
@@ -55,6 +55,7 @@ class Fuse(Pass):
             if not self.ops or rule.op.name in self.ops:
                 nears += rule.apply(edit)
         rotations.tidy(edit)
+        residual.fold(edit, self.ops or residual.OPS)
         _report(edit, nears)
 
 
