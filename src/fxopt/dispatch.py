@@ -24,6 +24,7 @@ from fxopt.passes.pipeline import Pipeline
 from fxopt.runtime import adapted, selfcheck
 from fxopt.runtime.install import install
 from fxopt.runtime.binding import Binding, live_state
+from fxopt.runtime.recompute import recomputed
 from fxopt.runtime.region import RegionRunner
 
 log = logging.getLogger("fxopt")
@@ -304,7 +305,8 @@ class Dispatcher:
 
     def _original(self, call: Call, tensors: Sequence[torch.Tensor]) -> Any:
         args, kwargs = call.rebuild(tensors)
-        return type(self.model).forward(self.model, *args, **kwargs)
+        with recomputed():
+            return type(self.model).forward(self.model, *args, **kwargs)
 
     def _compare_original(self, raw: Program, call: Call) -> selfcheck.Outcome:
         state = live_state(self.model, list(raw.slots.keys() - raw.constants.keys()))

@@ -225,6 +225,10 @@ def test_a_model_without_ids_uses_the_last_call_and_a_tied_head_stays_tied() -> 
     tied = trained(make=lambda: llama(1, tie_word_embeddings=True))
     plain = tied.merge("stored")
     assert plain.lm_head.weight is plain.model.embed_tokens.weight and plain.lm_head.weight is not tied.model.lm_head.weight
+    both = trained("lora(rank=2, targets=[embed_tokens, lm_head])", make=lambda: llama(1, tie_word_embeddings=True))
+    plain = both.merge()
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight and both.merge_report.weights == 1
+    assert same(plain.eval()(**tokens()).logits, both.eval()(**tokens()).logits)
 
 
 def test_the_adapted_model_is_as_it_was(quantized: fxopt.Optimized) -> None:

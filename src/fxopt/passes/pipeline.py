@@ -15,6 +15,7 @@ import torch
 
 from fxopt.errors import FxoptError, PassError
 from fxopt.ir.edit import Edit
+from fxopt.ir.facts import Installed
 from fxopt.ir.program import Program, Sample
 from fxopt.passes import promises, verify as values
 from fxopt.passes.base import Pass, literal
@@ -242,6 +243,15 @@ def _prerequisite(pass_: Pass, program: Program) -> Pass | None:
     return None
 
 
+def _reading_stored(passes: list[Pass], program: Program) -> list[Pass]:
+    """The passes, and among them one that reads the weights that the model stores quantized, if it stores any."""
+    stored = any(isinstance(fact, Installed) and fact.formats for fact in program.facts)
+    if not stored or any("quantized" in pass_.establishes for pass_ in passes):
+        return passes
+    at = max((i + 1 for i, pass_ in enumerate(passes) if "adapters" in pass_.establishes), default=0)
+    return [*passes[:at], *(cls() for cls in PASSES if "quantized" in cls.establishes), *passes[at:]]
+
+
 def _reasons(edit: Edit) -> str:
     """Why a pass changed nothing, in the words of its near-misses and notes."""
     counts: dict[str, int] = {}
@@ -257,7 +267,8 @@ def run(passes: str | Pass | Pipeline | Iterable[str | Pass | Pipeline], program
     """The program after all passes of a pipeline.
 
     Where a pass requires a fact that an exact pass establishes (`canonicalize` for the patterns), that pass is put in front
-    of it; the log shows it.
+    of it; and where the model stores weights quantized and no pass of the pipeline reads such weights, the one that does is put in
+    behind the adapters. The log shows it.
 
     Args:
         verify: None checks types and structure only. "values" also runs the program before and after each pass that
@@ -271,7 +282,7 @@ def run(passes: str | Pass | Pipeline | Iterable[str | Pass | Pipeline], program
     if verify not in (None, "values"):
         raise PassError(f"verify must be None or 'values', got {verify!r}")
     known = dict(sample.state if sample is not None else {})
-    waiting = list(pipeline(passes))
+    waiting = _reading_stored(list(pipeline(passes)), program)
     while waiting:
         pass_ = waiting.pop(0)
         needed = _prerequisite(pass_, program)

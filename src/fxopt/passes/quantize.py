@@ -95,8 +95,13 @@ class Quantize(Pass):
     def _plan(self, edit: Edit, names: list[str]) -> Mapping[str, Format]:
         """The format of each weight."""
         formats = edit.installed.formats
-        if formats or self.bits is None:
-            return {name: FORMATS[formats.get(name, self.format)] for name in names}
+        if formats:
+            kept = {name: formats[name] for name in names}
+            for line in sensitivity.totals(kept, edit.slots):
+                edit.note(f"as the model stores them: {line}")
+            return {name: FORMATS[format] for name, format in kept.items()}
+        if self.bits is None:
+            return {name: FORMATS[self.format] for name in names}
         if edit.sample is None:
             raise PassError("quantize(bits=...) measures the error of each format on an example call, and there is none",
                             do="give `optimize` the example `inputs`, or name one format")
@@ -113,7 +118,7 @@ class Quantize(Pass):
         if name in installed.formats:
             return None
         if installed.formats or installed.adapters:
-            return "was not quantized when the model was first captured"
+            return "is dense in a model that is quantized or adapted already: it stays"
         if edit.trainable(name):
             return "is trained: only frozen weights are quantized (put lora before quantize)"
         if edit.slots[name].aliases:

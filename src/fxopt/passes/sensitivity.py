@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -103,21 +104,24 @@ def _hull(points: list[tuple[float, float, str]]) -> list[tuple[float, float, st
     return hull
 
 
-def said(chosen: Mapping[str, str], errors: Errors, slots: Mapping[str, Slot]) -> list[str]:
-    """The choice in words: totals by format, then each weight that is not in the most common one."""
-    by_format: dict[str, list[str]] = {}
-    for name, format in chosen.items():
-        by_format.setdefault(format, []).append(name)
+def totals(chosen: Mapping[str, str], slots: Mapping[str, Slot]) -> list[str]:
+    """A choice in words: bits per weight on average, then each format's share."""
     count = {name: math.prod(slots[name].shape) for name in chosen}
-    total = sum(bits_of(slots[n].shape, slots[n].dtype, f) * count[n] for n, f in chosen.items())
-    lines = [f"{total / max(sum(count.values()), 1):.3f} bits per weight on average"]
-    most = max(by_format, key=lambda f: len(by_format[f]), default="")
-    for format, names in sorted(by_format.items(), key=lambda item: -len(item[1])):
-        share = sum(count[name] for name in names) / sum(count.values())
-        lines.append(f"{format}: {len(names)} weights, {100 * share:.1f}% of all")
-    for format, names in by_format.items():
+    whole = max(sum(count.values()), 1)
+    spent = sum(bits_of(slots[name].shape, slots[name].dtype, format) * count[name] for name, format in chosen.items())
+    lines = [f"{spent / whole:.3f} bits per weight on average"]
+    for format, times in Counter(chosen.values()).most_common():
+        share = sum(count[name] for name, each in chosen.items() if each == format) / whole
+        lines.append(f"{format}: {times} weights, {100 * share:.1f}% of all")
+    return lines
+
+
+def said(chosen: Mapping[str, str], errors: Errors, slots: Mapping[str, Slot]) -> list[str]:
+    """The choice in words: totals, then each weight that is not in the most common format."""
+    (most, _), *_ = Counter(chosen.values()).most_common(1) or [("", 0)]
+    lines = totals(chosen, slots)
+    for name, format in chosen.items():
         if format != most:
-            for name in names:
-                options = ", ".join(f"{f} {math.sqrt(e):.4f}" for f, e in errors[name].items())
-                lines.append(f"{name} is {format} (relative output error: {options})")
+            options = ", ".join(f"{f} {math.sqrt(e):.4f}" for f, e in errors[name].items())
+            lines.append(f"{name} is {format} (relative output error: {options})")
     return lines

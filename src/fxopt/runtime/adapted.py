@@ -10,6 +10,7 @@ whole is the adapter's copy; the original stays beside it. Tied weights share on
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ import torch.nn as nn
 from fxopt.errors import FxoptError
 from fxopt.ir.facts import Installed, LowRank, Stored, Trained
 from fxopt.runtime.computed import Computed
+from fxopt.runtime.recompute import noted
 from fxopt.runtime.stored import StoredWeight
 
 _STATE, _LOADING = "_fxopt_adapted", "_fxopt_loading"
@@ -119,7 +121,9 @@ def value_of(module: nn.Module, leaf: str) -> torch.Tensor:
     if isinstance(fact, Trained):
         return factors(module, leaf, fact.adapter)["whole"]
     base = base_of(module, leaf)
-    return base if fact is None else with_adapter(base, module, leaf, fact.adapter)
+    if fact is not None:
+        base = with_adapter(base, module, leaf, fact.adapter)
+    return base if isinstance(base, nn.Parameter) else noted(base, functools.partial(value_of, module, leaf))
 
 
 def with_adapter(base: torch.Tensor, module: nn.Module, leaf: str, adapter: str) -> torch.Tensor:

@@ -128,10 +128,12 @@ class Merge:
         """Take frozen weights that no adapter changes from the original too. What is trained whole stays as it is trained."""
         if self.original is None:
             return ()
-        written = {adapted.weight_of(source, leaf).name for source, _, leaf in self.places}
-        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad} - written
+        written = {id(module._parameters[leaf]) for _, module, leaf in self.places if leaf in module._parameters}
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
         replaced = []
         for name, parameter in self.module.named_parameters():
+            if id(parameter) in written:
+                continue
             given = self.original.get(name)
             if name in frozen and given is not None and parameter.is_floating_point():
                 _check_same(name, parameter, given, "the model's")
@@ -166,9 +168,13 @@ class Merge:
         touched: list[str] = []
         unchanged: list[str] = []
         change = added = error = 0.0
+        written: dict[int, nn.Parameter] = {}
         with torch.no_grad():
             for source, module, leaf in self.places:
                 weight = adapted.weight_of(source, leaf)
+                if id(weight) in written:  # another place of a tied weight
+                    _put(module, leaf, written[id(weight)], weight.position)
+                    continue
                 base, value = self._value(source, leaf)
                 kept = module._parameters.get(leaf)
                 dtype = self.dtype or (kept.dtype if kept is not None else source._modules[leaf].stored.dtype)
@@ -183,7 +189,8 @@ class Merge:
                     gap = float((value - base).norm())
                     change, added = max(change, gap / max(float(base.norm()), _TINY)), added + gap**2
                     error += float((made.double() - value).norm()) ** 2
-                _put(module, leaf, made, weight.position)
+                written[id(weight)] = nn.Parameter(made, requires_grad=False)
+                _put(module, leaf, written[id(weight)], weight.position)
         if self.adapter is None:
             return None
         if len(unchanged) == len(touched):
@@ -316,8 +323,7 @@ def _holders(module: nn.Module, leaf: str) -> list[Any]:
     return [module._modules.get(adapted.holder_name(leaf, factor)) for factor in adapted.FACTORS]
 
 
-def _put(module: nn.Module, leaf: str, value: torch.Tensor, position: int) -> None:
-    parameter = nn.Parameter(value, requires_grad=False)
+def _put(module: nn.Module, leaf: str, parameter: nn.Parameter, position: int) -> None:
     if leaf in module._parameters:
         module._parameters[leaf] = parameter
     else:

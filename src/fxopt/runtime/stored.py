@@ -11,6 +11,7 @@ import torch.nn as nn
 
 from fxopt.errors import DataError
 from fxopt.ir.facts import Stored
+from fxopt.kernels.dequantize import OP as DEQUANTIZE
 from fxopt.kernels.formats import FORMATS
 
 
@@ -38,7 +39,7 @@ class StoredWeight(nn.Module):
 
     def dequantize(self) -> torch.Tensor:
         """The dense weight, in its original shape and dtype."""
-        return torch.ops.fxopt.dequantize(self.parts, self.format.name, list(self.stored.shape), self.stored.dtype)
+        return DEQUANTIZE.forward.overload(self.parts, self.format.name, list(self.stored.shape), self.stored.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> StoredWeight:
         # codes and scales only move; a cast changes the dtype of the dense weight that they stand for
