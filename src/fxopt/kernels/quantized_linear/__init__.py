@@ -1,4 +1,4 @@
-"""`fxopt::quantized_linear`: reference.py (plain form), body.py (ATen), cases.py (test inputs)."""
+"""`fxopt::quantized_linear`: reference.py (plain form), body.py (ATen), triton.py (GPU), cases.py (test inputs)."""
 
 from fxopt.kernels.op import FusedOp, Kernel, register
 from fxopt.kernels.quantized_linear import body, reference
@@ -8,6 +8,7 @@ _BACKWARD = Kernel(
     "bool[2] output_mask) -> (Tensor, Tensor)",
     body=body.backward,
     fake=body.backward_fake,
+    cuda="fxopt.kernels.quantized_linear.triton:backward",
 )
 
 
@@ -26,6 +27,7 @@ OP = register(
             "quantized_linear(Tensor x, Tensor[] base, str format, SymInt[] shape, Tensor? bias, bool transposed) -> Tensor",
             body=body.forward,
             fake=body.forward_fake,
+            cuda="fxopt.kernels.quantized_linear.triton:forward",
         ),
         reference=reference.quantized_linear,
         backward=_BACKWARD,
