@@ -65,6 +65,8 @@ def rows() -> Iterator[tuple[str, Case]]:
         case = packed(normal(TOKENS, HIDDEN), bases, [name] * count, [MLP, HIDDEN] * count, [], a, b, [2.0] * count, False,
                       dropout, torch.arange(count) if dropout else None, (0, *range(start, start + 2 * count)))
         yield label, case
+        if label != "dense base":
+            yield f"{label}, 16 rows", dataclasses.replace(case, args=(case.args[0][:16], *case.args[1:]))
         if label == "NF4 base":
             yield "NF4 base, fp32 adapter", dataclasses.replace(case, fixed=tuple(range(start, start + 2 * count)))
 

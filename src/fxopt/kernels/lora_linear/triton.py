@@ -1,4 +1,5 @@
-"""Linear layers with low-rank adapters on a GPU: dense products by cuBLAS, low-rank ones by three kernels.
+"""Linear layers with low-rank adapters on a GPU: dense products by cuBLAS, low-rank ones by three kernels. For few rows a
+quantized base is dequantized inside its product, which adds the low-rank part too (`quantized_linear.matmul`).
 
 Each is one pass over its large operand, with an optional dropout mask:
 
@@ -23,6 +24,7 @@ from fxopt.kernels.blocks import as_rows, rows_of
 from fxopt.kernels.launch import cdiv, launch, next_power_of_2, target
 from fxopt.kernels.lora_linear import body
 from fxopt.kernels.lora_linear.grouping import siblings
+from fxopt.kernels.quantized_linear.triton import matmul, prologue_rows
 
 
 @triton.jit
@@ -154,6 +156,11 @@ def reduce(u, x, like, transposed=False, scale=1.0, seed=None, p=0.0):
     return out[0] if parts == 1 else out.sum(0).to(like.dtype)
 
 
+def _few(rows, each):
+    """Whether so few rows are multiplied that the weight is dequantized inside the product."""
+    return each.format != "dense" and rows.shape[0] <= prologue_rows(each.format, each.shape, rows.dtype, target())
+
+
 def forward(x, bases, formats, shapes, biases, lora_a, lora_b, scales, transposed, dropout, seeds):
     """`body.forward`; in fp64 that itself."""
     if x.dtype == torch.float64:
@@ -168,6 +175,10 @@ def forward(x, bases, formats, shapes, biases, lora_a, lora_b, scales, transpose
         shrink(rows, body.together(lora_a), low)
     ys = []
     for each in group:
+        if _few(rows, each):
+            y = matmul(rows, each.base, each.format, each.shape, transposed, low[:, each.columns], each.b, each.scale, each.bias)
+            ys.append(y.view(*x.shape[:-1], y.shape[1]))
+            continue
         y = linear.apply(x, each.dense(x.dtype), each.bias, transposed)
         grow(y.view(rows_of(x), y.shape[-1]), low[:, each.columns], each.b, each.scale)
         ys.append(y)
@@ -214,6 +225,9 @@ def backward(dys, x, bases, formats, shapes, biases, lora_a, lora_b, low, scales
 
 def _base_gradient(grads, group, transposed):
     """sum of dy_i W_i, [rows, in]: one product over joined operands, or products that accumulate; whichever moves less."""
+    if all(_few(grad, each) for grad, each in zip(grads, group, strict=True)):
+        parts = [matmul(grad, each.base, each.format, each.shape, not transposed) for grad, each in zip(grads, group, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     matrices = [each.dense(grads[0].dtype) for each in group]
     sides = [matrix.t() if transposed else matrix for matrix in matrices]
     if len(sides) > 1 and body.joined(grads[0].shape[0], sides[0].shape[1], sum(side.shape[0] for side in sides), len(sides)):
