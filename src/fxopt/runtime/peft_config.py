@@ -105,7 +105,7 @@ class AdapterConfig:
     saved: tuple[str, ...]
     """Ends of the paths of modules that are trained whole."""
     tied: bool
-    """The embedding and the head share one adapter."""
+    """What the embedding has, its tied head has too. PEFT takes the head out of the lists that it writes."""
     ranks: ModulePatterns[int]
     alphas: ModulePatterns[float]
 

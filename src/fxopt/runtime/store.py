@@ -241,7 +241,7 @@ def read(folder: str | Path, shapes: Shapes | None = None) -> Contents:
     if not found and not saved:
         raise DataError("The file holds no tensors.", where=str(weights_path))
     for name in saved:
-        if not config.saves(name.rpartition(".")[0]):
+        if not (config.saves(name.rpartition(".")[0]) or config.tied):  # a tied module is in no list: see AdapterConfig.tied
             raise DataError(f"The file holds {name}, which is no part of an adapter and not of its `modules_to_save`.", where=str(weights_path))
     for path in config.saved:
         if not any(peft_config.lies_in(name.rpartition(".")[0], (path,)) for name in saved):
@@ -268,7 +268,7 @@ def _adapter(item: Found, config: AdapterConfig, shapes: Shapes | None, where: s
     elif config.parameters and not config.covers(item.path):
         raise DataError("The file holds the adapter of a parameter, whose name only the model knows." if shapes is None else
                         "The file holds the adapter of a parameter that the model does not have.", where=where)
-    elif item.depth or not config.covers(item.path):
+    elif item.depth or not (config.covers(item.path) or config.tied):
         raise DataError("The file holds an adapter that its `target_modules` does not select.", where=where)
     key = f"{item.path}.{leaf}" if leaves else item.path
     expected = config.scale(key)
