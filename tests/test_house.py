@@ -166,7 +166,10 @@ def test_an_incomplete_pass_is_seen(tmp_path: Path) -> None:
 
 def missing_files(folder: Path) -> list[str]:
     """What an op's folder lacks."""
-    return [name for name in ("__init__.py", "reference.py", "body.py", "cases.py") if not (folder / name).is_file()]
+    missing = [name for name in ("__init__.py", "reference.py", "body.py", "triton.py", "cases.py") if not (folder / name).is_file()]
+    cases = folder / "cases.py"
+    defined = {node.name for node in ast.parse(cases.read_text()).body if isinstance(node, ast.FunctionDef)} if cases.is_file() else set()
+    return missing + [f"cases.{name}()" for name in ("cases", "rows", "huge") if name not in defined]
 
 
 def op_folders() -> list[Path]:
@@ -184,7 +187,12 @@ def test_every_op_is_in_the_catalog() -> None:
 
 def test_an_incomplete_op_is_seen(tmp_path: Path) -> None:
     (tmp_path / "reference.py").touch()
-    assert missing_files(tmp_path) == ["__init__.py", "body.py", "cases.py"]
+    (tmp_path / "cases.py").write_text("def rows(): ...")
+    assert missing_files(tmp_path) == ["__init__.py", "body.py", "triton.py", "cases.cases()", "cases.huge()"]
+
+
+def test_every_operator_has_a_kernel() -> None:
+    assert [kernel.name for op in CATALOG for kernel in op.kernels if kernel.cuda is None] == []
 
 
 def test_code_in_the_readme_is_python() -> None:
