@@ -1,1 +1,4 @@
-"""Measurements: `python -m bench.run` takes them, `python -m bench.report` writes docs/benchmarks.md from them."""
+"""Measurements: `python -m bench.run` takes them, `python -m bench.report` writes docs/benchmarks.md from them.
+
+`python -m bench.architectures` writes docs/architectures.md.
+"""
