@@ -186,12 +186,13 @@ class Optimized(nn.Module):
         """The adapter that calls run with; None while adapters are disabled, or if there is none."""
         return self.dispatcher.active if self.dispatcher.enabled else None
 
-    def add_adapter(self, name: str, lora: str | Lora | None = None) -> None:
+    def add_adapter(self, name: str, lora: str | Lora | None = None, *, inputs: tuple[Any, ...] | Mapping[str, Any] | None = None) -> None:
         """Another adapter on the same base, active from now on; its parameters are made when the next call is captured.
 
         Args:
             name: a word that no adapter has yet.
             lora: its lora pass ("lora(rank=4, targets=[q_proj])" or a value); None: like the present one.
+            inputs: an example call, as `optimize` takes it: capture now.
 
         Raises:
             FxoptError: the name is taken, or the pipeline has no lora pass.
@@ -206,6 +207,8 @@ class Optimized(nn.Module):
         chosen = dataclasses.replace(chosen, adapter=name)
         self.dispatcher.pipelines[name] = Pipeline(tuple(chosen if p is present else p for p in self.passes))
         self.set_adapter(name)
+        if inputs is not None:
+            self.prepare(inputs)
 
     def set_adapter(self, name: str) -> None:
         """Switch to an adapter: calls run with it, and only its parameters take gradients.

@@ -27,7 +27,7 @@ from fxopt.kernels.tolerance import same
 from fxopt.runtime.gguf import File, state_of
 from fxopt.runtime.stored import StoredWeight
 from tests.parity import compare, equal_values, in_peft
-from tests.runtime.test_gguf import CONFIGS, tiny, write
+from tests.runtime.test_gguf_file import CONFIGS, tiny, write
 
 TYPES = gguf.GGMLQuantizationType
 QLORA = "lora(rank=2) | quantize | siblings | fuse | loss | remat"

@@ -123,3 +123,18 @@ def test_eval_after_training_sees_the_adapter() -> None:
     with torch.no_grad():
         assert same(opt(**pairs())[1], opt.model(**pairs())[1])
         assert same(opt(**pairs())[1], opt.merge().eval()(**pairs())[1])
+
+
+def test_a_weight_that_is_its_own_bias_is_left() -> None:
+    """The row that is added is read from the adapted weight too: an adapter at the product alone would miss it."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.raw, self.last = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(torch.tanh(torch.addmm(self.raw[0], x, self.raw))).sum()
+
+    with pytest.raises(PassError, match="also read by"):
+        fxopt.optimize(Own(), "lora(rank=2, targets=[raw])", inputs=(torch.randn(3, 4),))

@@ -42,7 +42,7 @@ def fill(opt: fxopt.Optimized, size: float, adapter: str = "default") -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in opt.model.named_parameters():
-            if name.endswith(f"lora_B.{adapter}"):
+            if name.endswith(f"_B.{adapter}") or name.endswith(f"_A.{adapter}") and not parameter.any():  # an embedding's A is zero
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
 
 

@@ -96,10 +96,18 @@ def others(edit: Edit, name: str, linears: Iterable[Linear]) -> list[fx.Node]:
         if node.op == "get_attr" and node.target == name:
             for user in node.users:
                 direct = user in mine
-                through = bool(user.users) and all(u in mine for u in user.users) and isinstance(meta.value(user), torch.Tensor)
+                through = bool(user.users) and all(u in mine and not adds(u, user) for u in user.users) and isinstance(meta.value(user), torch.Tensor)
                 if not direct and not through:
                     readers.append(user)
     return readers
+
+
+def adds(product: fx.Node, node: fx.Node) -> bool:
+    """Whether a linear, or what a pass made of it, adds the node as its bias (a row of its own weight, perhaps)."""
+    linear = read(product)
+    if linear is not None:
+        return linear.bias is node
+    return any(isinstance(arg, (list, tuple)) and node in arg for arg in product.args[4:5])  # the biases of `lora_linear`
 
 
 def head(edit: Edit, linears: list[Linear], products: Iterable[fx.Node] = ()) -> str | None:

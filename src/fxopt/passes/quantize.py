@@ -129,7 +129,7 @@ class Quantize(Pass):
         for node in edit.nodes:
             if node.op == "get_attr" and node.target == name:
                 for reader in node.users:
-                    through = bool(reader.users) and all(u in mine for u in reader.users)
+                    through = bool(reader.users) and all(u in mine and not linears.adds(u, reader) for u in reader.users)
                     if reader not in mine and not through:
                         return f"is also read by {reader.name}, which is not a linear"
         if edit.slots[name].dtype not in _DTYPES:

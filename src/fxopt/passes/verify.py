@@ -178,6 +178,11 @@ def materialize(program: Program, state: Mapping[str, torch.Tensor]) -> dict[str
     return known
 
 
+def _drawn(program: Program) -> list[str]:
+    """What the program's random operations draw, in order."""
+    return [str(node.target) for node in program.nodes if node.op == "call_function" and random(node)]
+
+
 def check(pass_: Pass, before: Program, after: Program, inputs: Sequence[torch.Tensor], state: Mapping[str, torch.Tensor]) -> str:
     """Compare a step of `before` and of `after`; return a note on what was found.
 
@@ -194,6 +199,8 @@ def check(pass_: Pass, before: Program, after: Program, inputs: Sequence[torch.T
             return f"values not compared: the given {assumption.leaf} does not meet the pass's assumption"
     if pass_.promise.values == "bounded":
         return "values not compared: the pass promises an approximation"
+    if pass_.promise.random == "declared" and _drawn(before) != _drawn(after):
+        return "values not compared: the pass draws random numbers of its own, and the others come out differently"
     draws = Draws()
     old = values(before, inputs, state, draws=draws)
     new = values(after, inputs, state)
