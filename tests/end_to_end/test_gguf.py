@@ -40,7 +40,7 @@ def empty(config: Any) -> nn.Module:
 
 def dense(path: Path, config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model with the file's weights dequantized by the formats' references."""
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).train()  # it writes the dtype into the configuration
     state = {name: named(format).reference(parts, shape, dtype) for name, format, parts, shape in state_of(File(path))}
     if "lm_head.weight" not in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
