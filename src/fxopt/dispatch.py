@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from fxopt.runtime.install import install
 from fxopt.runtime.binding import Binding, live_state
 from fxopt.runtime.recompute import recomputed
 from fxopt.runtime.region import RegionRunner
+from fxopt.runtime.watched import Watched
 
 log = logging.getLogger("fxopt")
 KINDS = 16  # kinds of call per model
@@ -59,32 +60,6 @@ class Entry:
     assuming: Lowered | None = None
     plain: Lowered | None = None
     edges: set[Any] = field(default_factory=set)
-
-
-class Watched:
-    """What of a model's Python side a captured program depends on: submodules, plain attributes, hooks."""
-
-    def __init__(self, model: nn.Module) -> None:
-        modules = list(model.named_modules())
-        blocks = {"", *regions.repeated_blocks(model)}
-        self.children = [(m._modules, name, child, f"{path}.{name}".strip(".")) for path, m in modules for name, child in m._modules.items()]
-        self.plain = [(m.__dict__, name) for _, m in modules for name, value in m.__dict__.items()
-                      if name == "training" or (not name.startswith("_") and isinstance(value, (bool, int, float, str)))]
-        self.hooked = [(path, (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)) for path, m in modules if path not in blocks]
-
-    def stale(self) -> str:
-        """The path of a submodule that was replaced since, or ""."""
-        return next((path for store, name, child, path in self.children if store.get(name) is not child), "")
-
-    def attributes(self) -> tuple[Any, ...]:
-        """The present values of the plain attributes (a dropout's p, a scale, the mode of every module)."""
-        return tuple([found.get(name) for found, name in self.plain])
-
-    def hooks(self, note: Callable[[str], None]) -> None:
-        """Say which hooks will not run."""
-        for path, kinds in self.hooked:
-            if any(kinds):
-                note(f"hooks of {path} do not run with the graph: put them on a block, or on parameters")
 
 
 class Dispatcher:
