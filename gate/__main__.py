@@ -25,7 +25,7 @@ import triton
 from fxopt.kernels.launch import TARGETS, Target
 from gate import budget
 from gate.build import Job, build, job, written
-from gate.record import Launch, cast, launches, rows, with_kernels
+from gate.record import Launch, cast, launches, rows, with_kernels, without_kernels
 
 AMPERE, HOPPER, BLACKWELL, MI300 = TARGETS
 PLAN = {torch.float32: TARGETS, torch.bfloat16: TARGETS, torch.float16: (HOPPER,)}
@@ -81,6 +81,7 @@ def main() -> int:
 
     for line in failures:
         print(line)
+    print(f"torch's own kernels, nothing to compile: {', '.join(op.name for op in without_kernels())}")
     places = sorted({place for _, place in jobs})
     most = {place: max((values[place] for values in found.values() if place in values), default=[0, 0]) for place in places}
     print(f"Triton {triton.__version__}: {len(used)} kernels of {len(with_kernels())} ops, {len(jobs)} compiled in {time.perf_counter() - start:.0f} s; "

@@ -138,4 +138,9 @@ def _storage(arg: Any) -> int:
 
 def with_kernels() -> tuple[FusedOp, ...]:
     """The ops of the catalog that have Triton kernels."""
-    return tuple(op for op in CATALOG if any(kernel.cuda for kernel in op.kernels))
+    return tuple(op for op in CATALOG if any(kernel.cuda and kernel.cuda.partition(":")[0].endswith(".triton") for kernel in op.kernels))
+
+
+def without_kernels() -> tuple[FusedOp, ...]:
+    """The others: torch's own kernels run them on a GPU."""
+    return tuple(op for op in CATALOG if op not in with_kernels())

@@ -204,11 +204,16 @@ def _sums(op, norm):
     }
 
 
+def _runs_apart(segments):
+    """A number of its own for each run."""
+    return torch.cat([torch.zeros_like(segments[:, :1]), segments[:, 1:] != segments[:, :-1]], 1).cumsum(1)
+
+
 def _faults():
     rms, layer, swiglu, geglu, rope = (OPS[name] for name in ("rms_norm", "layer_norm", "swiglu", "geglu", "rope"))
     add_rms, add_layer = OPS["add_rms_norm"], OPS["add_layer_norm"]
     lora, loss, logits_loss = OPS["lora_linear"], OPS["linear_cross_entropy"], OPS["cross_entropy"]
-    adamw, adamw_8bit = OPS["adamw_"], OPS["adamw_8bit_"]
+    adamw, adamw_8bit, packed = OPS["adamw_"], OPS["adamw_8bit_"], OPS["packed_attention"]
     none = lambda value: None  # noqa: E731
     flip = lambda value: not value  # noqa: E731
     return {
@@ -257,6 +262,16 @@ def _faults():
             "inverse for transpose": _rope_inverse_gradient,
             "other layout": with_argument(rope, 4, flip),
             "keys not rotated": _rope_keys_alone,
+        },
+        "packed_attention": _common(packed)
+        | {
+            "causal ignored": with_argument(packed, 5, lambda causal: False),
+            "scale ignored": with_argument(packed, 4, none),
+            "one segment": with_argument(packed, 3, torch.zeros_like),
+            "a segment that comes back is another": with_argument(packed, 3, _runs_apart),
+            "first row's segments for all": with_argument(packed, 3, lambda segments: segments[:1]),
+            "key gradient lost": without_gradient(packed, 1),
+            "value gradient lost": without_gradient(packed, 2),
         },
         "dequantize": {
             "nibbles swapped": with_parts(OPS["dequantize"], 0, _first_codes_swapped),

@@ -19,6 +19,9 @@ from fxopt.kernels.op import Case, FusedOp
 # Kernels that use float atomics, or memory that programs pass to each other, and why they may.
 RACY: dict[str, str] = {}
 
+# Ops that torch's own kernels run on a GPU, and why: there is nothing to interpret or to compile.
+FOREIGN: dict[str, str] = {"packed_attention": "attention stays with torch, whose kernels are as fast as the hardware"}
+
 
 @dataclass(frozen=True)
 class Implementation:

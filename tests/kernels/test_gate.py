@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from gate import budget
 from gate.build import Job, build, job, written
-from gate.record import Launch, cast, fake_calls, launches, rows
+from gate.record import Launch, cast, fake_calls, launches, rows, with_kernels, without_kernels
+from implementations import FOREIGN
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxopt.kernels.catalog import CATALOG
@@ -168,6 +169,11 @@ def test_rows_are_cast():
             assert torch.equal(mine, theirs.to(dtype)) and mine.stride() == theirs.stride()
         keys = [job(launch, HOPPER).key for launch in launches(OPS["swiglu"], cast(case, dtype), HOPPER)]
         assert all({torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype] in key for key in keys)
+
+
+def test_only_the_ops_that_say_why_have_no_kernels():
+    assert {op.name for op in without_kernels()} == set(FOREIGN)
+    assert {op.name for op in with_kernels()} | set(FOREIGN) == set(OPS)
 
 
 @pytest.mark.parametrize("op", CATALOG, ids=lambda op: op.name)

@@ -15,6 +15,7 @@ from fxopt.kernels.linear_cross_entropy import OP as linear_cross_entropy
 from fxopt.kernels.lora_embedding import OP as lora_embedding
 from fxopt.kernels.lora_linear import OP as lora_linear
 from fxopt.kernels.op import FusedOp
+from fxopt.kernels.packed_attention import OP as packed_attention
 from fxopt.kernels.quantized_linear import OP as quantized_linear
 from fxopt.kernels.rms_norm import OP as rms_norm
 from fxopt.kernels.rope import OP as rope
@@ -28,6 +29,7 @@ CATALOG: tuple[FusedOp, ...] = (
     swiglu,
     geglu,
     rope,
+    packed_attention,
     dequantize,
     quantized_linear,
     lora_linear,
