@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from zoo import Captured, data, family, function, weight
 
-from fxopt.errors import CheckError
+from fxopt.errors import CheckError, PassError
 from fxopt.ir.edit import Edit
 from fxopt.ir.program import Lazy
 from fxopt.passes.base import Pass, Promise
@@ -96,6 +96,16 @@ FORMS = {
     "bias of rank two": lambda h, y, w, b: F.cross_entropy((b[None, :] + F.linear(h, w)).view(-1, 19), y.view(-1)),
     "in fp32": lambda h, y, w, b: F.cross_entropy(F.linear(h.bfloat16(), w.bfloat16()).float().view(-1, 19), y.view(-1)),
     "in bf16": lambda h, y, w, b: F.cross_entropy(F.linear(h.bfloat16(), w.bfloat16()).view(-1, 19), y.view(-1)),
+    "nll_loss": lambda h, y, w, b: F.nll_loss(F.log_softmax(F.linear(h, w, b).view(-1, 19), -1), y.view(-1), ignore_index=4, reduction="sum"),
+    "nll_loss of three dimensions": lambda h, y, w, b: F.nll_loss(F.log_softmax(F.linear(h, w), -1).view(-1, 19), y.view(-1)),
+    "nll_loss in fp32": lambda h, y, w, b: F.nll_loss(F.log_softmax(F.linear(h.bfloat16(), w.bfloat16()).view(-1, 19), -1, dtype=torch.float32), y.view(-1)),
+    "nll_loss of a log": lambda h, y, w, b: F.nll_loss(torch.log(torch.softmax(F.linear(h, w).view(-1, 19) * 0.5, -1)), y.view(-1)),
+    "classes in front": lambda h, y, w, b: F.cross_entropy(F.linear(h, w).transpose(1, 2), y, ignore_index=4),
+    "classes in front, not reduced": lambda h, y, w, b: (F.cross_entropy(F.linear(h, w, b).permute(0, 2, 1), y, reduction="none") * torch.arange(6)).mean(),
+    "classes in front, four dimensions": lambda h, y, w, b: F.cross_entropy(F.linear(h.view(2, 3, 2, 8), w).permute(0, 3, 1, 2), y.view(2, 3, 2)),
+    "nll_loss, classes in front": lambda h, y, w, b: F.nll_loss(F.log_softmax(F.linear(h, w), -1).transpose(1, 2), y),
+    "gathered": lambda h, y, w, b: -(torch.log_softmax(F.linear(h + (y[..., None] < 0), w) / 2.0, -1).gather(-1, y.unsqueeze(-1)).squeeze(-1) * torch.arange(6)).mean(),
+    "gathered in two dimensions": lambda h, y, w, b: torch.log_softmax(F.linear((h + (y[..., None] < 0)).view(-1, 8), w).float(), 1).gather(1, y.view(-1, 1)).exp().sum(),
 }
 
 
@@ -122,7 +132,14 @@ def test_shifted_rows_never_reach_the_head() -> None:
 LEFT = {
     "weighted classes": (lambda h, y, w, b: F.cross_entropy(F.linear(h, w).view(-1, 19), y.view(-1), weight=b.detach().abs()), "the classes are weighted"),
     "probabilities": (lambda h, y, w, b: F.cross_entropy(F.linear(h, w).view(-1, 19), torch.softmax(y.view(-1, 1) * b.detach(), -1)), "not one class for each row"),
-    "classes in front": (lambda h, y, w, b: F.cross_entropy(F.linear(h, w).transpose(1, 2), y), "not one class for each row"),
+    "classes in front, two heads": (lambda h, y, w, b: F.cross_entropy(torch.stack((F.linear(h, w), F.linear(h, w)), 1).flatten(2, 3), y.repeat(1, 1)[:, :1].expand(2, 114) % 2), "not one class for each row"),
+    "fp64": (lambda h, y, w, b: F.cross_entropy(F.linear(h, w).double().view(-1, 19), y.view(-1)), "widens the logits to torch.float64"),
+    "normalized twice": (lambda h, y, w, b: F.nll_loss(F.linear(h, w).view(-1, 19), y.view(-1)), "not from a log_softmax"),
+    "normalized over rows": (lambda h, y, w, b: F.nll_loss(F.log_softmax(F.linear(h, w).view(-1, 19), 0), y.view(-1)), "not taken over the classes"),
+    "weighted nll_loss": (lambda h, y, w, b: F.nll_loss(F.log_softmax(F.linear(h, w).view(-1, 19), 1), y.view(-1), weight=b.detach().abs()), "the classes are weighted"),
+    "two classes a row": (lambda h, y, w, b: F.log_softmax(F.linear(h, w), -1).gather(-1, y.view(2, 3, 2).repeat(1, 2, 1)).sum(), "one class for each row"),
+    "some rows": (lambda h, y, w, b: F.log_softmax(F.linear(h, w), -1).gather(-1, y[:, :3, None]).sum(), "may select some of the rows"),
+    "an entropy": (lambda h, y, w, b: F.nll_loss((p := F.log_softmax(F.linear(h, w).view(-1, 19), 1)), y.view(-1)) + (p * p.exp()).sum(), "also reach the loss"),
     "some classes": (lambda h, y, w, b: F.cross_entropy(F.linear(h, w)[..., :10].reshape(-1, 10), y.view(-1) % 10), "selects some of the classes"),
     "mixed rows": (lambda h, y, w, b: F.cross_entropy(F.linear(h, w).view(-1, 38), y[:, ::2].reshape(-1)), "mixes rows and classes"),
     "another function": (lambda h, y, w, b: F.cross_entropy(torch.relu(F.linear(h, w)).view(-1, 19), y.view(-1)), "not from a linear head"),
@@ -141,7 +158,80 @@ LEFT = {
 def test_what_is_left_alone(name: str) -> None:
     fn, reason = LEFT[name]
     captured = head(fn)
-    assert captured.calls("cross_entropy_loss") and any(reason in said for said in captured.misses), captured.misses
+    assert not captured.calls("linear_cross_entropy") and not captured.calls("cross_entropy")
+    assert any(reason in said for said in captured.misses), captured.misses
+
+
+# -- without a head --------------------------------------------------------------------------------------------------
+
+MANY = 130
+WIDE, WIDE_LABELS = weight(MANY, 8), torch.randint(0, MANY, (2, 6), generator=torch.Generator().manual_seed(3))
+
+
+def linear(h, w):
+    """Logits that the loss pass cannot make itself, [2, 6, 130]."""
+    return torch.relu(F.linear(h, w))
+
+
+# the function, and scale, softcap and dtype of the op's logits
+ALONE = {
+    "logits": (lambda h, y, w: F.cross_entropy(linear(h, w).view(-1, MANY), y.view(-1)), (1.0, 0.0, torch.float32)),
+    "in bf16": (lambda h, y, w: F.cross_entropy(linear(h.bfloat16(), w.bfloat16()).view(-1, MANY), y.view(-1)), (1.0, 0.0, torch.bfloat16)),
+    "widened": (lambda h, y, w: F.cross_entropy(linear(h.bfloat16(), w.bfloat16()).float().view(-1, MANY), y.view(-1)), (1.0, 0.0, torch.bfloat16)),
+    "shifted": (lambda h, y, w: F.cross_entropy(linear(h.bfloat16(), w.bfloat16()).float()[:, :-1].reshape(-1, MANY), y[:, 1:].reshape(-1)), (1.0, 0.0, torch.bfloat16)),
+    "narrowed": (lambda h, y, w: F.cross_entropy(linear(h, w).bfloat16().view(-1, MANY), y.view(-1)), (1.0, 0.0, torch.bfloat16)),
+    "capped and scaled": (lambda h, y, w: F.cross_entropy((torch.tanh(linear(h, w) * 0.5 / 3.0) * 3.0).view(-1, MANY), y.view(-1), ignore_index=4), (0.5, 3.0, torch.float32)),
+    "capped with a negative cap": (lambda h, y, w: F.cross_entropy((torch.tanh(linear(h, w)) * -3.0).view(-1, MANY), y.view(-1)), (-3.0, 0.0, torch.float32)),
+    "capped twice": (lambda h, y, w: F.cross_entropy((torch.tanh(torch.tanh(linear(h, w)) / 2) * 2).view(-1, MANY), y.view(-1)), (1.0, 2.0, torch.float32)),
+    "a bias": (lambda h, y, w: F.cross_entropy(((linear(h, w) + w[:, 0]) * 2.0).view(-1, MANY), y.view(-1)), (2.0, 0.0, torch.float32)),
+    "smoothed": (lambda h, y, w: F.cross_entropy(linear(h, w).view(-1, MANY), y.view(-1), label_smoothing=0.1, reduction="sum"), (1.0, 0.0, torch.float32)),
+    "not reduced": (lambda h, y, w: (F.cross_entropy(linear(h, w).transpose(1, 2), y, reduction="none") * torch.arange(6)).sum(), (1.0, 0.0, torch.float32)),
+    "nll_loss": (lambda h, y, w: F.nll_loss(F.log_softmax(linear(h.bfloat16(), w.bfloat16()).float(), -1).view(-1, MANY), y.view(-1)), (1.0, 0.0, torch.bfloat16)),
+    "gathered": (lambda h, y, w: torch.log_softmax(linear(h + (y[..., None] < 0), w) * 0.5, -1).gather(-1, y.unsqueeze(-1)).squeeze(-1).mean(), (0.5, 0.0, torch.float32)),
+    "another term": (lambda h, y, w: F.cross_entropy((z := F.linear(h, w)).view(-1, MANY), y.view(-1)) + z.logsumexp(-1).pow(2).mean(), (1.0, 0.0, torch.float32)),
+    "a read cast": (lambda h, y, w: F.cross_entropy((z := linear(h.bfloat16(), w.bfloat16()).float()).view(-1, MANY) * 0.5, y.view(-1)) + z.amax(), (0.5, 0.0, torch.float32)),
+    "fp64": (lambda h, y, w: F.cross_entropy(linear(h, w).double().view(-1, MANY), y.view(-1)), (1.0, 0.0, torch.float64)),
+}
+
+
+def alone(fn, **more) -> Captured:
+    """Logits of many classes after `loss`, values compared."""
+    return function(lambda h, y, w: fn(h, y, w) + 0.0 * w.sum(), H, WIDE_LABELS, w=WIDE).after("canonicalize").check(Loss(**more))
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_logits_without_a_head(name: str) -> None:
+    fn, (scale, softcap, dtype) = ALONE[name]
+    captured = alone(fn)
+    (node,) = captured.calls("cross_entropy")
+    got = {argument.name: value for argument, value in zip(node.target._schema.arguments, node.args)}
+    assert (got["logit_scale"], got["softcap"], got["logits"].meta["val"].dtype) == (scale, softcap, dtype)
+    assert captured.misses and not captured.calls("linear_cross_entropy")
+    assert not any(captured.calls(gone) for gone in ("cross_entropy_loss", "nll_loss_nd", "log_softmax", "gather"))
+
+
+def test_kept_logits_of_many_classes() -> None:
+    def fn(h, y, w):
+        logits = F.linear(h, w)
+        return F.cross_entropy(logits.view(-1, MANY), y.view(-1)), logits
+
+    captured = function(fn, H, WIDE_LABELS, w=WIDE).after("canonicalize")
+    kept = captured.check(Loss(logits="keep"))
+    assert kept.calls("cross_entropy") and not [fact for fact in kept.program.facts if isinstance(fact, Lazy)]
+    assert captured.check(Loss()).calls("linear_cross_entropy")
+
+
+def test_log_probabilities_that_others_read_stay() -> None:
+    captured = alone(lambda h, y, w: F.nll_loss((p := F.log_softmax(linear(h, w).view(-1, MANY), 1)), y.view(-1)) + (p * p.exp()).sum())
+    assert not captured.calls("cross_entropy") and any("is also read by others" in said for said in captured.misses)
+
+
+def test_the_rows_of_a_gpu_are_an_argument() -> None:
+    for rows in (-1, 0, 12):
+        captured = function(lambda h, y, w: F.cross_entropy(F.linear(h, w).view(-1, 19), y.view(-1)), H, LABELS, w=W).after("canonicalize")
+        assert only(captured.check(Loss(rows=rows)))["rows"] == rows
+    with pytest.raises(PassError, match="rows must be"):
+        Loss(rows=-2)
 
 
 def test_what_the_caller_derives_from_logits_is_lazy_too() -> None:
@@ -171,10 +261,13 @@ class Unscaled(Loss):
     def run(self, edit: Edit) -> None:
         super().run(edit)
         for node in edit.nodes:
-            if str(node.target) == "fxopt.linear_cross_entropy.default":
-                edit.set_args(node, (*node.args[:8], 1.0, *node.args[9:]))
+            place = {"fxopt.linear_cross_entropy.default": 8, "fxopt.cross_entropy.default": 6}.get(str(node.target))
+            if place is not None:
+                edit.set_args(node, (*node.args[:place], 1.0, *node.args[place + 1 :]))
 
 
 def test_a_wrong_rule_would_show() -> None:
     with pytest.raises(CheckError, match="differs"):
         family("granite").after("canonicalize").check(Unscaled())
+    with pytest.raises(CheckError, match="differs"):
+        function(ALONE["gathered"][0], H, WIDE_LABELS, w=WIDE).after("canonicalize").check(Unscaled())

@@ -128,7 +128,7 @@ class Gpu:
 
     def supervised(self, head, hidden, target):
         rows = target.numel()
-        if head.rows < 0:  # The host waits: the caller said so.
+        if head.rows < 0:  # The host waits, as the caller said: it is the host that gives the vendor's products their sizes.
             places = (target != head.ignore_index).nonzero().squeeze(1)
             return None if places.numel() == rows else places
         if 0 < head.rows < rows:  # Those with a label first, in their order.
