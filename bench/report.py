@@ -12,6 +12,7 @@ from typing import Any
 from bench.run import REFERENCE, RESULTS
 from fxopt.kernels.catalog import CATALOG
 
+_SHOWN = ("fxopt", "eager", "compile")
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
 
@@ -112,38 +113,48 @@ def ops_section() -> str:
     known = {op.name for op in CATALOG}
     good = [record for record in records if "failed" not in record and record["row"].split()[0] in known]
     missing = sorted(known - {record["row"].split()[0] for record in good})
-    rows = []
+    rows, others = [], []
     for name in dict.fromkeys(record["row"] for record in good):
-        of = {}
-        for system in ("fxopt", "eager", "compile"):
-            found = [record for record in good if record["row"] == name and record["system"] == system]
-            if found:
-                seconds = [second for record in found for second in record["seconds"]]
-                of[system] = (statistics.median(seconds), statistics.median(record["above"] for record in found), found)
+        of = {record["system"]: [r for r in good if r["row"] == name and r["system"] == record["system"]] for record in good if record["row"] == name}
         if "fxopt" not in of:
             continue
-        best = min((system for system in of if system != "fxopt"), key=lambda system: of[system][0])
+        time = {system: statistics.median(second for record in found for second in record["seconds"]) for system, found in of.items()}
+        best = min((system for system in of if system != "fxopt"), key=time.__getitem__)
+        bytes_ = {system: {key: statistics.median(record[key] for record in of[system]) for key in ("above", "kept")} for system in _SHOWN if system in of}
+        floor = of["fxopt"][0]["least"]
         rows.append(
             [
                 name,
-                *(f"{of[s][0] * 1e3:.2f} ms" if s in of else "failed" for s in ("fxopt", "eager", "compile")),
-                f"{of[best][0] / of['fxopt'][0]:.2f}x",
-                *(f"{of[s][1] / 2**20:.0f} MiB" if s in of else "failed" for s in ("fxopt", "eager", "compile")),
-                f"{max(record['relative_error'] for record in of['fxopt'][2]):.0e}",
+                *(f"{time[s] * 1e3:.2f} ms" if s in of else "failed" for s in _SHOWN),
+                f"{time['eager'] / time['fxopt']:.2f}x",
+                f"{time[best] / time['fxopt']:.2f}x",
+                *(_mib(bytes_[s]["kept"]) for s in ("fxopt", "eager")),
+                *(f"{of[s][0]['moved'] / floor:.1f}" for s in ("fxopt", "eager")),
+                *(f"{bytes_[s]['above'] / 2**20:.0f} MiB" if s in of else "failed" for s in _SHOWN),
+                f"{max(record['relative_error'] for record in of['fxopt']):.0e}",
             ]
         )
-    head = ["op", "fxopt", "eager", "torch.compile", "against the best", "memory: fxopt", "eager", "torch.compile",
-            "error"]  # fmt: skip
+        others += [f"- {name}: {time[s] * 1e3:.2f} ms in {s}, {time['fxopt'] / time[s]:.2f}x that in fxopt." for s in of if s not in _SHOWN]
+    head = ["op", *_SHOWN, "against eager", "against the best", "kept: fxopt", "eager", "moved / least: fxopt", "eager",
+            *(f"peak: {s}" if s == "fxopt" else s for s in _SHOWN), "error"]  # fmt: skip
     return "\n\n".join(
         [
             "## Fused ops on the CPU, forward and backward",
             machine_line(machine),
-            "1,024 tokens at SmolLM2-135M's sizes. A value under 1x is a loss: such an op is kept for what it saves "
-            "in memory or for a graph with one node, or is not chosen on this device.",
+            "1,024 tokens at SmolLM2-135M's sizes. fxopt's nodes are timed as a region of a program runs them, the others under "
+            "autograd. A value under 1x is a loss: such an op is kept for what it saves in memory or for a graph with one node, or is "
+            "not chosen on this device. `kept`: what lives from forward to backward beyond arguments and results. `moved / least`: "
+            "bytes that the operators read and write, over the bytes of reading each argument and each saved tensor once and writing "
+            "each result once; what a body does block by block stays in the cache but is counted.",
             table(head, rows),
+            "Kernels of other libraries for the same call:\n\n" + "\n".join(others) if others else "No kernel of another library could be measured.",
             f"Not measured yet: {', '.join(missing)}." if missing else "Every op of the catalog is measured.",
         ]
     )
+
+
+def _mib(value: float) -> str:
+    return f"{value / 2**20:.1f} MiB"
 
 
 def _gib(value: float) -> str:

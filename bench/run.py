@@ -19,6 +19,7 @@ import tempfile
 from typing import Any
 
 from bench.machine import describe
+from bench.ops import SYSTEMS as OPS
 from demo import fetch
 from demo.plan import Plan
 from demo.table import PARITY_LIMIT, relative_differences
@@ -35,7 +36,6 @@ SYSTEMS: dict[str, list[str]] = {
     "peft-dense-compile": ["demo.peer", "--base", "dense", "--compile"],
 }
 """Name of a row: the module that runs it and its arguments. Systems run in this order in every round."""
-OPS = ("fxopt", "eager", "compile")
 WARMUP, TIMED = 2, 3
 """Steps per process; the rounds together give TIMED * rounds timed steps."""
 TIME_LIMIT = 1800
@@ -94,7 +94,7 @@ def check_demo(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def ops_rounds(rounds: int, folder: Path) -> Iterator[dict[str, Any]]:
-    """Records of the fused ops: each round all systems in turn."""
+    """Records of the fused ops: each round all systems in turn. A peer that is not installed here has no records."""
     out, cache = folder / "ops.json", folder / "compiled-ops"
     for index in range(rounds):
         for system in OPS:
