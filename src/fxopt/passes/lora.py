@@ -85,6 +85,7 @@ class Lora(Pass):
             raise PassError("lora: the pipeline has a lora pass already", do="name all targets in one pass (rank_pattern and alpha_pattern give them their "
                             "own settings); for an adapter to switch to, call `opt.add_adapter(name, lora)` on the optimized model")
         parameters = {name for name, slot in edit.slots.items() if slot.kind == "parameter"}
+        linears.without_asserts(edit)
         saved = self._saved(edit, parameters)
         found = [site for site in adapters.find(edit.nodes, parameters) if site.name not in saved]
         kinds = self._choose(edit, found)
@@ -166,7 +167,7 @@ class Lora(Pass):
         return {name: known[name] for name in sites if name in known}
 
     def _all_linear(self, edit: Edit, sites: Mapping[str, list[adapters.Site]], shared: Mapping[str, list[fx.Node]]) -> dict[str, str]:
-        head = linears.head(edit, [site.linear for mine in sites.values() for site in mine if site.linear is not None])
+        heads = linears.heads(edit, linears.by_weight(edit.nodes))
         chosen = {}
         for name, mine in sites.items():
             first = next((site.node for site in mine if site.kind == "linear"), None)
@@ -178,10 +179,12 @@ class Lora(Pass):
                 edit.missed("lora", first, f"{name} is also read by {other.name}")
             elif aliases:
                 edit.missed("lora", first, f"{name} is tied to {aliases[0]}")
-            elif name == head:
-                edit.missed("lora", first, f"{name} is the output head, which all-linear leaves out")
+            elif name in heads:
+                edit.missed("lora", first, f"{name} is the output head, which all-linear leaves out: {heads[name]}")
             else:
                 chosen[name] = "linear"
+        for name, node, reason in linears.near(edit.nodes, {name for name, slot in edit.slots.items() if slot.kind == "parameter"}):
+            edit.missed("lora", node, f"{name} {reason}")
         return chosen
 
     def _named(self, edit: Edit, sites: Mapping[str, list[adapters.Site]], shared: Mapping[str, list[fx.Node]]) -> dict[str, str]:
@@ -236,6 +239,8 @@ def _clone(value: torch.Tensor | None) -> torch.Tensor:
 
 def _reader(edit: Edit, name: str) -> str:
     """What reads a parameter, in words."""
+    for _, node, reason in linears.near(edit.nodes, {name}):
+        return f"it {reason} ({meta.provenance(node)})"
     readers = [user for node in edit.nodes if node.op == "get_attr" and node.target == name for user in node.users]
     return f"{readers[0].name} reads it" if readers else "nothing reads it"
 

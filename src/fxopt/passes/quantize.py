@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -32,15 +32,16 @@ class Quantize(Pass):
     """store frozen linear weights in few bits
 
     Each frozen weight that only linears read is stored in a format of kernels/formats and dequantized inside the op that
-    reads it. No dense copy is kept. A weight that the model stores quantized already keeps its format.
+    reads it. No dense copy is kept. A weight that the model stores quantized already keeps its format. A trained weight is never taken.
 
     Attributes:
         format: "nf4" (Dettmers et al., 2023, https://arxiv.org/abs/2305.14314: 4-bit normal-float codes, one fp32 scale per
             64 values, bitsandbytes' layout), "nf4_nested" (scales in 8 bits), "int8" and "fp8" (one scale per row), or another
             name of kernels/formats that can be made from dense weights.
-        head: also the output head (a linear that everything else goes through).
+        head: also the output heads (linears that everything else goes through to reach an output, see `linears.heads`). The report
+            names what was taken for a head, and why.
         bits: a budget instead of one format: bits per weight on average. Each weight then gets the format that costs least
-            output error per byte saved, measured on the example call (see passes/sensitivity.py). The report shows the choice.
+            loss per byte saved, measured on the example call (see passes/sensitivity.py). The report shows the choice.
 
     Raises:
         PassError: an unknown format; a budget below the smallest format's; a budget without an example call.
@@ -71,79 +72,138 @@ class Quantize(Pass):
 
     def run(self, edit: Edit) -> None:
         """Rewrite every linear whose weight is frozen."""
-        parameters = {name for name, slot in edit.slots.items() if slot.kind == "parameter" and slot.made is None}
-        found = linears.find(edit.nodes, parameters)
-        uses: dict[str, list[fx.Node]] = {}
-        for linear in found:
-            uses.setdefault(linear.name, []).append(linear.node)
-        products = [node for node in edit.nodes if node.target is LORA_LINEAR.forward.overload]
-        for node in (*products, *(node for node in edit.nodes if node.target is DORA_NORM.forward.overload)):
-            for name in _dense_bases(node):
-                uses.setdefault(name, []).append(node)
-        head = None if self.head else linears.head(edit, found, products)
+        linears.without_asserts(edit)
+        reads = _reads(edit)
+        heads = {} if self.head or edit.installed.names else linears.heads(edit, reads.products)
         refused: dict[str, str] = {}
-        for name, users in uses.items():
-            if (reason := self._refuse(edit, name, users, head)) is not None:
+        for name, users in reads.uses.items():
+            if (reason := self._refuse(edit, name, reads, heads)) is not None:
                 refused[name] = reason
                 edit.missed("quantize", users[0], f"{name} {reason}")
-        plan = self._plan(edit, [name for name in uses if name not in refused])
+        for name, node, reason in reads.near:
+            edit.missed("quantize", node, f"{name} {reason}")
+        if not edit.installed.names:
+            self._say_heads(edit, heads)
+        plan = self._plan(edit, {name: users for name, users in reads.uses.items() if name not in refused})
         for name, chosen in plan.items():
-            for user in uses[name]:
+            for user in reads.uses[name]:
                 _rewrite(edit, self.name, name, chosen, user)
         edit.dead()
 
-    def _plan(self, edit: Edit, names: list[str]) -> Mapping[str, Format]:
+    def _say_heads(self, edit: Edit, heads: Mapping[str, str]) -> None:
+        for name, why in heads.items():
+            edit.note(f"{name} is the output head{', and trained' if edit.trainable(name) else ''}: {why}")
+        if not self.head and not heads:
+            edit.note("no linear is the output head: there is none that everything else reaches an output through")
+
+    def _plan(self, edit: Edit, uses: Mapping[str, list[fx.Node]]) -> Mapping[str, Format]:
         """The format of each weight."""
         formats = edit.installed.formats
         if formats:
-            kept = {name: formats[name] for name in names}
+            kept = {name: formats[name] for name in uses}
             for line in sensitivity.totals(kept, edit.slots):
                 edit.note(f"as the model stores them: {line}")
             return {name: FORMATS[format] for name, format in kept.items()}
         if self.bits is None:
-            return {name: FORMATS[self.format] for name in names}
+            return {name: FORMATS[self.format] for name in uses}
         if edit.sample is None:
             raise PassError("quantize(bits=...) measures the error of each format on an example call, and there is none",
                             do="give `optimize` the example `inputs`, or name one format")
-        root = next(program for program in edit.source.history() if program.parent is None)
-        errors = sensitivity.measure(root, edit.sample, set(names))
-        slots = {name: edit.slots[name] for name in names if name in errors}
-        chosen = sensitivity.choose(errors, {name: (slot.shape, slot.dtype) for name, slot in slots.items()}, self.bits)
-        for line in sensitivity.said(chosen, errors, slots):
+        # the newest program that reads nothing but the model's own weights
+        plain = next(program for program in edit.source.history() if all(slot.made is None for slot in program.slots.values()))
+        measured = sensitivity.measure(plain, edit.sample, set(uses))
+        for name in uses.keys() - measured.errors.keys():
+            edit.missed("quantize", uses[name][0], f"{name} was not seen in the call that errors are measured on: it stays dense")
+        slots = {name: edit.slots[name] for name in uses if name in measured.errors}
+        chosen = sensitivity.choose(measured.errors, {name: (slot.shape, slot.dtype) for name, slot in slots.items()}, self.bits)
+        for line in sensitivity.said(chosen, measured, slots):
             edit.note(line)
         return {name: FORMATS[format] for name, format in chosen.items() if format != "dense"}
 
-    def _refuse(self, edit: Edit, name: str, users: list[fx.Node], head: str | None) -> str | None:
-        installed = edit.installed
+    def _refuse(self, edit: Edit, name: str, reads: _Reads, heads: Mapping[str, str]) -> str | None:
+        installed, slot = edit.installed, edit.slots[name]
         if name in installed.formats:
             return None
         if installed.formats or installed.adapters:
             return "is dense in a model that is quantized or adapted already: it stays"
         if edit.trainable(name):
             return "is trained: only frozen weights are quantized (put lora before quantize)"
-        if edit.slots[name].aliases:
-            return f"is tied to {edit.slots[name].aliases[0]}"
-        if name == head:
+        if slot.aliases:
+            return f"is tied to {slot.aliases[0]}"
+        if name in heads:
             return "is the output head (quantize(head=true) takes it too)"
-        mine = set(users)
-        for node in edit.nodes:
-            if node.op == "get_attr" and node.target == name:
-                for reader in node.users:
-                    through = bool(reader.users) and all(u in mine and not linears.adds(u, reader) for u in reader.users)
-                    if reader not in mine and not through:
-                        return f"is also read by {reader.name}, which is not a linear"
-        if edit.slots[name].dtype not in _DTYPES:
-            return f"is {edit.slots[name].dtype}"
-        return None if self.bits is not None else FORMATS[self.format].fits(edit.slots[name].shape)
+        if (other := reads.other(edit, name)) is not None:
+            return f"is also read by {other.name}, which is not a linear"
+        if slot.dtype not in _DTYPES:
+            return f"is {slot.dtype}"
+        for dtype in reads.dtypes[name]:
+            if dtype != slot.dtype and torch.promote_types(dtype, slot.dtype) == dtype:
+                return f"is widened from {slot.dtype} to {dtype} where it is read: what a format stands for would not be rounded on the way"
+        return None if self.bits is not None else FORMATS[self.format].fits(slot.shape)
 
 
-def _dense_bases(node: fx.Node) -> list[str]:
-    """The weights that an op of this family reads as dense bases."""
+@dataclass
+class _Reads:
+    """What reads the weights that could be quantized.
+
+    Attributes:
+        uses: for each weight, the linears, and the ops of this family that have it as a dense base.
+        dtypes: for each weight, those that its products are computed in.
+        chains: the casts and transposes between weights and products.
+        products: for each weight, also those that cannot be quantized, all products with it.
+        near: (weight, node, reason) of products that are no linears.
+    """
+
+    uses: dict[str, list[fx.Node]] = field(default_factory=dict)
+    dtypes: dict[str, set[torch.dtype]] = field(default_factory=dict)
+    chains: set[fx.Node] = field(default_factory=set)
+    products: dict[str, list[fx.Node]] = field(default_factory=dict)
+    near: list[tuple[str, fx.Node, str]] = field(default_factory=list)
+
+    def add(self, name: str, node: fx.Node, dtype: torch.dtype, chain: Iterable[fx.Node]) -> None:
+        """One more product with a weight."""
+        self.uses.setdefault(name, []).append(node)
+        self.dtypes.setdefault(name, set()).add(dtype)
+        self.chains.update(chain)
+
+    def other(self, edit: Edit, name: str) -> fx.Node | None:
+        """A reader of the weight that cannot read a stored one."""
+        mine = set(self.uses[name])
+        waiting = [node for node in edit.nodes if node.op == "get_attr" and node.target == name]
+        while waiting:
+            source = waiting.pop()
+            for user in source.users:
+                if user in self.chains:
+                    waiting.append(user)
+                elif user not in mine or linears.adds(user, source):
+                    return user
+        return None
+
+
+def _reads(edit: Edit) -> _Reads:
+    parameters = {name for name, slot in edit.slots.items() if slot.kind == "parameter" and slot.made is None}
+    reads = _Reads(products=linears.by_weight(edit.nodes), near=list(linears.near(edit.nodes, parameters)))
+    for linear in linears.find(edit.nodes, parameters):
+        reads.add(linear.name, linear.node, meta.tensor(linear.node).dtype, linear.chain)
+    for node in edit.nodes:
+        if node.target is LORA_LINEAR.forward.overload or node.target is DORA_NORM.forward.overload:
+            bases = _dense_bases(node)
+            for base in bases:
+                source = linears.uncast(base)
+                reads.add(str(source.target), node, meta.tensor(base).dtype, () if base is source else (base,))
+            if node.target is LORA_LINEAR.forward.overload:
+                for name in [str(linears.uncast(base).target) for base in bases] or [node.name]:
+                    reads.products.setdefault(name, []).append(node)
+    return reads
+
+
+def _dense_bases(node: fx.Node) -> list[fx.Node]:
+    """What an op of this family reads as dense bases: weights, or casts of them."""
     if node.target is DORA_NORM.forward.overload:
         bases, formats = node.args[0], [node.args[1]]
     else:
         bases, formats = node.args[1], node.args[2]
-    return [str(linears.uncast(bases[place]).target) for place, format in zip(first_parts(formats), formats) if format == "dense"]
+    return [bases[place] for place, format in zip(first_parts(formats), formats) if format == "dense"]
 
 
 def _parts(edit: Edit, by: str, name: str, chosen: Format, like: fx.Node) -> list[fx.Node]:

@@ -24,8 +24,7 @@ def find(node: fx.Node, parameters: Set[str]) -> Site | None:
     linear = linears.read(node)
     if linear is None or linear.name not in parameters:
         return None
-    chain = tuple(n for n in linear.weight.users if n is not node and n in node.all_input_nodes and n is not linear.bias)
-    return Site(node, linear.name, "linear", chain, linear)
+    return Site(node, linear.name, "linear", linear.chain)
 
 
 def rewrite(edit: Edit, site: Site, config: Config) -> None:

@@ -29,14 +29,12 @@ class Site:
     Attributes:
         node: the node whose value the adapter changes. name: slot of the weight. kind: what the node is.
         chain: the nodes between the parameter's `get_attr` and the node (transposes, the choice of an expert).
-        linear: what is known of it if it is a linear.
     """
 
     node: fx.Node
     name: str
     kind: str
     chain: tuple[fx.Node, ...] = ()
-    linear: linears.Linear | None = None
 
 
 @dataclass(frozen=True)
