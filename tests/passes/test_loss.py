@@ -132,7 +132,7 @@ def test_shifted_rows_never_reach_the_head() -> None:
 LEFT = {
     "weighted classes": (lambda h, y, w, b: F.cross_entropy(F.linear(h, w).view(-1, 19), y.view(-1), weight=b.detach().abs()), "the classes are weighted"),
     "probabilities": (lambda h, y, w, b: F.cross_entropy(F.linear(h, w).view(-1, 19), torch.softmax(y.view(-1, 1) * b.detach(), -1)), "not one class for each row"),
-    "classes in front, two heads": (lambda h, y, w, b: F.cross_entropy(torch.stack((F.linear(h, w), F.linear(h, w)), 1).flatten(2, 3), y.repeat(1, 1)[:, :1].expand(2, 114) % 2), "not one class for each row"),
+    "classes in front, two heads": (lambda h, y, w, b: F.cross_entropy(torch.stack((F.linear(h, w), F.linear(h, w)), 1).flatten(2, 3), y.repeat(1, 1)[:, :1].expand(2, 114) % 2), "the classes are not the last dimension in memory"),
     "fp64": (lambda h, y, w, b: F.cross_entropy(F.linear(h, w).double().view(-1, 19), y.view(-1)), "widens the logits to torch.float64"),
     "normalized twice": (lambda h, y, w, b: F.nll_loss(F.linear(h, w).view(-1, 19), y.view(-1)), "not from a log_softmax"),
     "normalized over rows": (lambda h, y, w, b: F.nll_loss(F.log_softmax(F.linear(h, w).view(-1, 19), 0), y.view(-1)), "not taken over the classes"),
@@ -164,12 +164,12 @@ def test_what_is_left_alone(name: str) -> None:
 
 # -- without a head --------------------------------------------------------------------------------------------------
 
-MANY = 130
+MANY = 2048
 WIDE, WIDE_LABELS = weight(MANY, 8), torch.randint(0, MANY, (2, 6), generator=torch.Generator().manual_seed(3))
 
 
 def linear(h, w):
-    """Logits that the loss pass cannot make itself, [2, 6, 130]."""
+    """Logits that the loss pass cannot make itself, [2, 6, 2048]."""
     return torch.relu(F.linear(h, w))
 
 

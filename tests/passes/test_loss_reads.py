@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from zoo import Captured, data, function, weight
 
+import fxopt
 from fxopt.errors import CheckError
 from fxopt.ir.edit import Edit
 from fxopt.ir.program import Lazy
 from fxopt.passes.loss import Loss
+from fxopt.runtime.lazy import LazyOutput
 
 H, W, B = data(2, 6, 8), weight(19, 8), weight(19, seed=4)
 CLEAN = torch.randint(0, 19, (2, 6), generator=torch.Generator().manual_seed(3))
@@ -204,3 +208,36 @@ def test_a_wrong_result_would_show() -> None:
         fused(FOLDED["masked mean"], pass_=Wrong())
     with pytest.raises(CheckError, match="differs"):
         fused(SERVED["entropy, no label ignored"][0], CLEAN, Wrong(place=8, value=2.0))
+
+
+class Trained(nn.Module):
+    """A head over tokens that returns its loss with z-loss, its accuracy and entropy, and its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(19, 8), nn.Linear(8, 19)
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        z = self.head(torch.tanh(self.embed(ids)))
+        kept = labels != -100
+        with torch.no_grad():
+            correct = (z.argmax(-1) == labels).sum() / kept.sum()
+            spread = (entropy(z) * kept).sum() / kept.sum()
+        return {"loss": loss(labels, z) + 1e-2 * (lse(z)[kept] ** 2).mean(), "accuracy": correct, "entropy": spread, "logits": z}
+
+
+def test_a_training_step_reads_them_from_the_op() -> None:
+    ids = CLEAN.flip(1)
+    eager = Trained().train()
+    opt = fxopt.optimize(copy.deepcopy(eager), "loss", inputs={"ids": ids, "labels": LABELS})
+    for labels in (LABELS, LABELS.flip(1), CLEAN):
+        wanted, got = eager(ids, labels), opt(ids=ids, labels=labels)
+        for model, result in ((eager, wanted), (opt, got)):
+            model.zero_grad()
+            result["loss"].backward()
+        assert type(got["accuracy"]) is type(got["entropy"]) is torch.Tensor and isinstance(got["logits"], LazyOutput)
+        for name, value in wanted.items():
+            torch.testing.assert_close(got[name].detach() + 0, value.detach())
+        for mine, theirs in zip(opt.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad)

@@ -48,7 +48,7 @@ def read_statistic(node: fx.Node) -> Statistic | None:
     if not isinstance(term, Term) or term.reduction != "none" or term.label_smoothing:
         return None
     function = read_back(term.logits, shaping=term.shaping, detached=True)[0][-1].function
-    return Statistic(node, LOG_PROB, not term.gathered, function, term.target)
+    return Statistic(node, LOG_PROB, not term.negative, function, term.target)
 
 
 def _correct(node: fx.Node) -> Statistic | None:
