@@ -39,9 +39,12 @@ def noted(value: torch.Tensor, again: Callable[[], torch.Tensor]) -> torch.Tenso
 
 @contextlib.contextmanager
 def recomputed() -> Iterator[None]:
-    """Inside, what `noted` names is not saved for a backward but computed again there. The backward may come after the block."""
+    """Inside, what `noted` names is not saved for a backward but computed again there. The backward may come after the block.
+
+    What `again` reads must be the same then: no optimizer steps in between. Blocks may be nested: they know each other's values.
+    """
     global _made
-    before, _made = _made, {}
+    before, _made = _made, {} if _made is None else _made
     try:
         with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
             yield
