@@ -77,6 +77,8 @@ APART = {
     "other rows": (lambda y, z: CE(z[:, 1:].reshape(-1, 19), y[:, 1:].reshape(-1)) + 1e-2 * (lse(z)[y != -100] ** 2).mean(), "of other logits"),
     "other logits": (lambda y, z: CE((z * 2.0).view(-1, 19), y.view(-1)) + 1e-2 * (lse(z)[y != -100] ** 2).mean(), "of other logits"),
     "another reduction": (lambda y, z: CE(z.view(-1, 19), y.view(-1)) + 1e-2 * (lse(z) ** 2 * (y != -100)).sum(), "its reduction is sum"),
+    "every pair of rows": (lambda y, z: CE(z.view(-1, 19), y.view(-1), reduction="sum") + 1e-3 * (lse(z).view(-1) ** 2 * (y != -100).view(-1, 1)).sum(), "also reach the loss"),
+    "the square of a sum": (lambda y, z: CE(z.view(-1, 19), y.view(-1), reduction="sum") + 1e-3 * (lse(z) * (y != -100)).sum() ** 2, "also reach the loss"),
     "the loss is read without it": (lambda y, z: ((a := CE(z.view(-1, 19), y.view(-1))) + 1e-2 * (lse(z)[y != -100] ** 2).mean(), a.detach()), "without it"),
 }
 

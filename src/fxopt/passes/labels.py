@@ -105,6 +105,12 @@ def read_mask(mask: fx.Node, ignored: int, inverted: bool = False) -> Labels | N
     return Labels(labels.source, (*selection(nodes, 0), *labels.selection), False, (*nodes, *labels.nodes))
 
 
+def fits(part: fx.Node, whole: fx.Node) -> bool:
+    """Whether two values of the same rows have one shape. Of one dimension they do: their number may be written in two ways."""
+    a, b = meta.tensor(part), meta.tensor(whole)
+    return a.dim() == b.dim() and (a.dim() < 2 or meta.same_shape(a, b))
+
+
 def never_ignored(term: Term) -> bool:
     """Whether every row of the loss counts."""
     return term.ignore_index == NEVER or read_labels(term.target, term.ignore_index).filled
@@ -129,7 +135,7 @@ def only_kept_rows(node: fx.Node, term: Term) -> bool:
                 continue
             mask, inverted = _mask_of(user, value)
             kept = None if mask is None else read_mask(mask, ignored, inverted)
-            if kept is None or not kept.same(labels) or not meta.same_shape(meta.tensor(mask), meta.tensor(value)):
+            if kept is None or not kept.same(labels) or not fits(mask, value):
                 return False
     return True
 

@@ -10,7 +10,7 @@ import torch.fx as fx
 
 from fxopt.ir import meta
 from fxopt.ir.index import called
-from fxopt.passes.labels import never_ignored, read_labels, read_mask
+from fxopt.passes.labels import fits, never_ignored, read_labels, read_mask
 from fxopt.passes.logits import ORDER, Reading, Term, is_number, read_back, selection
 
 aten = torch.ops.aten
@@ -56,7 +56,7 @@ def find_z_loss(loss: fx.Node) -> ZLoss | str | None:
                     if several is not None:
                         return f"`{several.name}`, the loss without it, is also read by others"
                     other = user.args[1 - place]
-                    if meta.tensor(other).dtype != meta.tensor(user).dtype or not _fits(other, user):
+                    if meta.tensor(other).dtype != meta.tensor(user).dtype or not fits(other, user):
                         return f"`{user.name}` changes the dtype or the shape of the loss"
                     return found
         if len(node.users) != 1:
@@ -73,13 +73,6 @@ def find_z_loss(loss: fx.Node) -> ZLoss | str | None:
             return None
         passed.append(node)
         node = user
-
-
-def _fits(part: fx.Node, total: fx.Node) -> bool:
-    """Whether a part of a sum has its shape. Of one dimension, both are the rows of the loss: their number may be written
-    in two ways."""
-    a, b = meta.tensor(part), meta.tensor(total)
-    return a.dim() == b.dim() and (a.dim() < 2 or meta.same_shape(a, b))
 
 
 def _places(user: fx.Node, node: fx.Node) -> list[tuple[int, float]]:
@@ -106,17 +99,17 @@ def _read(z: ZLoss, node: fx.Node, divisors: list[fx.Node]) -> ZLoss | None:
             if z.squared:
                 return None
             z.coefficient *= node.args[1] if node.target is aten.mul.Tensor else 1.0 / node.args[1]
-        elif called(node, aten.sum.default, aten.mean.default) and z.reduction == "none" and not _cast(node):
+        elif called(node, aten.sum.default, aten.mean.default) and z.reduction == "none" and not z.squared and not _cast(node):
             z.reduction = "sum" if node.target is aten.sum.default else "mean"
-        elif called(node, aten.div.Tensor) and node.args[1] in divisors:
+        elif called(node, aten.div.Tensor) and node.args[1] in divisors and not z.squared:
             divisors.remove(node.args[1])
-        elif called(node, aten.div.Tensor) and isinstance(node.args[1], fx.Node) and z.reduction == "none" and z.count is None and len(node.args) == 2:
+        elif called(node, aten.div.Tensor) and isinstance(node.args[1], fx.Node) and not z.squared and z.reduction == "none" and z.count is None and len(node.args) == 2:
             z.count = node.args[1]
         elif called(node, aten.pow.Tensor_Scalar) and node.args[1] == 2 and not z.squared:
             z.squared = True
         elif called(node, aten.mul.Tensor) and node.args[1] is x and not z.squared:
             z.squared = True
-        elif (masked := _masked(node)) is not None:
+        elif (masked := _masked(node)) is not None and fits(masked[1], masked[0]):
             x, mask, inverted = masked
             z.masks.append((mask, inverted))
             if called(node, aten.index.Tensor):
@@ -165,7 +158,7 @@ def differs(z: ZLoss, term: Term, reading: Reading) -> str | None:
     place = (*own.function[:4], *selection(post, 0), *own.function[4:])
     if place != reading.function:
         return f"`{z.chain[-1].name}` is of other logits than the loss"
-    if z.reduction == "none" and z.count is None and (z.chosen or not _fits(z.chain[0], z.total)):
+    if z.reduction == "none" and z.count is None and (z.chosen or not fits(z.chain[0], z.total)):
         return "it is not reduced as the loss is"
     labels, every = read_labels(term.target, term.ignore_index), never_ignored(term)
     for mask, inverted in z.masks:
