@@ -5,31 +5,44 @@ Dimensions are counted from the end (-1 is the key of a mask, -2 its query), so 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
+
 
 @dataclass(frozen=True)
 class Affine:
-    """The integer `const + sum(factor * i[dim])`."""
+    """The integer `const + sum(factor * i[dim]) + sum(factor * element)`, with elements of integer inputs."""
 
     const: int
     terms: tuple[tuple[int, int], ...] = ()
+    elements: tuple[tuple[Data, int], ...] = ()
 
     @classmethod
-    def of(cls, const: int, factors: Mapping[int, int]) -> Affine:
-        return cls(const, tuple(sorted((dim, factor) for dim, factor in factors.items() if factor)))
+    def of(cls, const: int, factors: Mapping[int, int], elements: Mapping[Data, int] = MappingProxyType({})) -> Affine:
+        kept = [(element, factor) for element, factor in elements.items() if factor]
+        return cls(const, tuple(sorted((dim, factor) for dim, factor in factors.items() if factor)), tuple(sorted(kept, key=repr)))
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it is a number."""
+        return not self.terms and not self.elements
 
     def plus(self, other: Affine, times: int = 1) -> Affine:
-        factors = dict(self.terms)
+        factors, elements = dict(self.terms), dict(self.elements)
         for dim, factor in other.terms:
             factors[dim] = factors.get(dim, 0) + times * factor
-        return Affine.of(self.const + times * other.const, factors)
+        for element, factor in other.elements:
+            elements[element] = elements.get(element, 0) + times * factor
+        return Affine.of(self.const + times * other.const, factors, elements)
 
     def at(self, where: Mapping[int, Affine]) -> Affine:
         found = Affine(self.const)
         for dim, factor in self.terms:
             found = found.plus(where.get(dim, Affine(0, ((dim, 1),))), factor)
+        for element, factor in self.elements:
+            found = found.plus(Affine(0, (), ((element.at(where), 1),)), factor)
         return found
 
 
@@ -55,7 +68,7 @@ class AtLeastZero:
 
 @dataclass(frozen=True)
 class Data:
-    """The element of an input at the given coordinates; as a formula, where it is non-zero."""
+    """The element of an input (or of a computed integer tensor) at the given coordinates; as a formula, where it is non-zero."""
 
     leaf: str
     index: tuple[Affine, ...]
@@ -111,7 +124,7 @@ def simplify(formula: Formula, sizes: Mapping[int, int | None], nonzero: frozens
     if isinstance(formula, Data):
         return EVERYWHERE if formula.leaf in nonzero else formula
     if isinstance(formula, AtLeastZero):
-        low = high = formula.value.const
+        low = high = None if formula.value.elements else formula.value.const
         for dim, factor in formula.value.terms:
             size = sizes.get(dim)
             reach = factor * (size - 1) if size is not None else None
@@ -133,7 +146,7 @@ def simplify(formula: Formula, sizes: Mapping[int, int | None], nonzero: frozens
         for each in part.parts if isinstance(part, All) else (part,):
             if each == Not(EVERYWHERE):
                 return each
-            key = each.value.terms if isinstance(each, AtLeastZero) else each
+            key = (each.value.terms, each.value.elements) if isinstance(each, AtLeastZero) else each
             known = kept.get(key)
             if known is None or (isinstance(each, AtLeastZero) and each.value.const < known.value.const):
                 kept[key] = each  # of `x + 3 >= 0` and `x >= 0` the second says both
@@ -143,19 +156,45 @@ def simplify(formula: Formula, sizes: Mapping[int, int | None], nonzero: frozens
 
 def inputs_of(formula: Formula) -> frozenset[str]:
     """The inputs whose elements the formula asks about."""
-    if isinstance(formula, Data):
-        return frozenset({formula.leaf})
+    return frozenset(element.leaf for element in elements_of(formula)) | flags_of(formula)
+
+
+def elements_of(formula: Formula) -> frozenset[Data]:
+    """The elements whose values the formula computes with."""
+    if isinstance(formula, AtLeastZero):
+        return frozenset(element for element, _ in formula.value.elements)
+    return _over_parts(formula, elements_of)
+
+
+def flags_of(formula: Formula) -> frozenset[str]:
+    """The inputs of which the formula asks whether an element is zero."""
+    return frozenset({formula.leaf}) if isinstance(formula, Data) else _over_parts(formula, flags_of)
+
+
+def _over_parts(formula: Formula, find: Callable[[Formula], frozenset[Any]]) -> frozenset[Any]:
     if isinstance(formula, Not):
-        return inputs_of(formula.part)
-    return frozenset().union(*(inputs_of(part) for part in formula.parts)) if isinstance(formula, All) else frozenset()
+        return find(formula.part)
+    return frozenset().union(*map(find, formula.parts)) if isinstance(formula, All) else frozenset()
+
+
+_NAMES = {-1: "k", -2: "q", -3: "head", -4: "row"}
+
+
+def _shown(value: Affine, const: bool = True) -> str:
+    """An index expression in words."""
+    named = [(_NAMES.get(dim, f"i[{dim}]"), factor) for dim, factor in sorted(value.terms, reverse=True)]
+    named += [(f"{element.leaf}[{', '.join(_shown(part) for part in element.index)}]", factor) for element, factor in value.elements]
+    named.sort(key=lambda term: term[1] < 0)
+    parts = [f"{'-' if factor < 0 else '+'} {'' if abs(factor) == 1 else abs(factor)}{name}" for name, factor in named]
+    if const and (value.const or not parts):
+        parts.append(f"{'-' if value.const < 0 else '+'} {abs(value.const)}")
+    return " ".join(parts).removeprefix("+ ")
 
 
 def said(formula: Formula) -> str:
     """A formula in words."""
     if isinstance(formula, AtLeastZero):
-        names = {-1: "k", -2: "q"}
-        terms = " ".join(f"{'-' if factor < 0 else '+'} {'' if abs(factor) == 1 else abs(factor)}{names.get(dim, f'i[{dim}]')}" for dim, factor in sorted(formula.value.terms, key=lambda term: -term[1]))
-        return f"{terms.removeprefix('+ ')} >= {-formula.value.const}"
+        return f"{_shown(formula.value, const=False)} >= {-formula.value.const}"
     if isinstance(formula, Data):
         return f"{formula.leaf} is not 0"
     if isinstance(formula, Not):

@@ -1,4 +1,4 @@
-"""causal: attention masks that say no more than "causal" or "everything" become flags of the attention."""
+"""causal: attention masks that say no more than "causal", "everything", or that within documents, are read and go away."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import torch.fx as fx
 
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit, rule_here
-from fxopt.ir.formula import EVERYWHERE, Affine, All, AtLeastZero, Formula, inputs_of, said, simplify
+from fxopt.ir.formula import EVERYWHERE, Affine, All, AtLeastZero, Formula, flags_of, inputs_of, said, simplify
 from fxopt.ir.index import Flow, arguments, called, same_strides, static, viewed
 from fxopt.ir.masks import Reader, Unknown
 from fxopt.ir.pattern import strip
 from fxopt.ir.program import Assumption, AtMost
+from fxopt.ir.segments import same_segment
 from fxopt.passes.base import Pass, Promise
+from fxopt.passes.packing import Refused, packed
 
 aten = torch.ops.aten
 
@@ -26,11 +28,12 @@ _CAUSAL = AtLeastZero(Affine(0, ((-2, 1), (-1, -1))))  # q - k >= 0
 
 @dataclass(frozen=True)
 class Causal(Pass):
-    """attention masks as flags: causal, or none
+    """attention masks as flags: causal, or none; packed documents as segments
 
     A dense mask costs memory of the size of the scores and keeps attention off its fastest kernels. The mask is read as
-    a formula over positions; one that is exactly causal, or allows everything, goes. With keys and values repeated for
-    grouped heads, attention without a mask takes them unrepeated.
+    a formula over positions; one that is exactly causal, or allows everything, goes. One that says so within documents
+    makes the attention packed: each document attends to itself, at a cost of its own length squared. With keys and values
+    repeated for grouped heads, attention without a mask takes them unrepeated.
 
     Args:
         assume: whether the program may be for calls only in which a padding mask masks nothing and no sequence is longer
@@ -45,51 +48,75 @@ class Causal(Pass):
 
     def run(self, edit: Edit) -> None:
         """Try every attention in the graph."""
-        reader = Reader(edit.source.constants)
         flow = Flow(edit.graph, edit.slots)
+        reader = Reader(edit.source.constants, {node for root in flow.written for node in flow.aliases[root]})
         for node in edit.nodes:
             if called(node, aten.scaled_dot_product_attention.default):
-                node = self._unmask(edit, reader, flow, node)
-                say_casts(edit, ungroup(edit, node))
+                node = self._unmask(edit, reader, node)
+                if called(node, aten.scaled_dot_product_attention.default):
+                    say_casts(edit, ungroup(edit, node))
 
-    def _unmask(self, edit: Edit, reader: Reader, flow: Flow, node: fx.Node) -> fx.Node:
+    def _unmask(self, edit: Edit, reader: Reader, node: fx.Node) -> fx.Node:
         given = arguments(node)
         mask = given.get("attn_mask")
         if mask is None:
             return node
         try:
-            if flow.roots[mask] & flow.written:
-                raise Unknown(mask, f"`{mask.name}` is written in place")
             formula = reader.allowed(mask)
         except Unknown as unknown:
             edit.missed("mask", node, unknown.reason)
             return node
         sizes = _sizes(meta.tensor(mask), given)
-        leaves = inputs_of(simplify(formula, sizes, frozenset()))
+        inputs = {leaf for leaf, source in reader.leaves.items() if source.op == "placeholder"}
+        leaves = flags_of(simplify(formula, sizes, frozenset())) & inputs
         formula = simplify(formula, sizes, leaves if self.assume else frozenset())
+        segments, formula = same_segment(reader, formula)
+        formula = simplify(formula, sizes, frozenset())
         windows: list[Assumption] = []
         if self.assume:
             formula, windows = without_windows(edit, formula, given["key"])
-        queries, keys = meta.tensor(given["query"]).shape[-2], meta.tensor(given["key"]).shape[-2]
-        if formula == _CAUSAL and not meta.same_size(queries, keys):
-            edit.missed("mask", node, f"the mask is causal for {queries} queries and {keys} keys: their ends may not be aligned")
-            return node
-        if formula not in (_CAUSAL, EVERYWHERE):
-            left = inputs_of(formula)
-            why = f"the mask depends on the values of {', '.join(sorted(left))}" if left else f"the mask is neither causal nor full: {said(formula)}"
-            edit.missed("mask", node, why)
+        why = _other(formula, given)
+        if why is not None:
+            edit.missed("mask", node, why if segments is None else f"within documents {why}")
             return node
         causal = formula == _CAUSAL
-        new = attention(edit, node, (given["query"], given["key"], given["value"]), causal, _options(given))
+        try:
+            if segments is not None:
+                new = packed(edit, node, _cast_sources(edit, node, grouped(given)), given, (reader, segments), causal)
+            else:
+                new = attention(edit, node, (given["query"], given["key"], given["value"]), causal, _options(given))
+        except Refused as refused:
+            edit.missed("mask", node, str(refused))
+            return node
         if not same_strides(meta.tensor(new), meta.tensor(node)) and (view := viewed(node)) is not None:
             edit.missed("mask", node, f"attention without a mask returns other strides, and `{view.name}` may depend on them")
-            edit.erase(new)
+            _unmade(edit, new)
             return node
         for assumption in (*(Assumption(leaf) for leaf in sorted(leaves)), *windows) if self.assume else ():
             edit.assume(assumption)
-        edit.replace(node, new, rule=rule_here("causal mask" if causal else "full mask"))
+        edit.replace(node, new, rule=rule_here("packed mask" if segments is not None else "causal mask" if causal else "full mask"))
         edit.erase(node)
         return new
+
+
+def _unmade(edit: Edit, node: fx.Node) -> None:
+    """Erase a node that nobody reads, and what was made for it alone."""
+    sources = node.all_input_nodes
+    edit.erase(node)
+    for source in sources:
+        if not source.users and source.op == "call_function":
+            _unmade(edit, source)
+
+
+def _other(formula: Formula, given: Mapping[str, Any]) -> str | None:
+    """What the mask says that no flag does; None if a flag does."""
+    queries, keys = (meta.tensor(given[name]).shape[-2] for name in ("query", "key"))
+    if formula == _CAUSAL and not meta.same_size(queries, keys):
+        return f"the mask is causal for {queries} queries and {keys} keys: their ends may not be aligned"
+    if formula in (_CAUSAL, EVERYWHERE):
+        return None
+    left = inputs_of(formula)
+    return f"the mask depends on the values of {', '.join(sorted(left))}" if left else f"the mask is neither causal nor full: {said(formula)}"
 
 
 _LAYOUT = (aten.unsqueeze.default, aten.expand.default, aten.reshape.default, aten.view.default, aten.transpose.int)
@@ -113,9 +140,13 @@ def _cast(edit: Edit, x: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
 
 def attention(edit: Edit, like: fx.Node, sources: tuple[fx.Node, ...], causal: bool, options: Mapping[str, Any]) -> fx.Node:
     """Attention without a mask in place of `like`. Under autocast its inputs have several dtypes: cast as autocast does."""
-    dtype = meta.tensor(like).dtype
-    cast = [x if meta.tensor(x).dtype == dtype else edit.call(aten.to.dtype, (x, dtype), like=like) for x in sources]
+    cast = _cast_sources(edit, like, sources)
     return edit.call(like.target, (*cast, None, arguments(like).get("dropout_p", 0.0), causal), dict(options), like=like)
+
+
+def _cast_sources(edit: Edit, like: fx.Node, sources: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    dtype = meta.tensor(like).dtype
+    return tuple(x if meta.tensor(x).dtype == dtype else edit.call(aten.to.dtype, (x, dtype), like=like) for x in sources)
 
 
 def _options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,15 +193,21 @@ def ungroup(edit: Edit, node: fx.Node) -> fx.Node:
         return node
     if given.get("attn_mask") is not None or given.get("enable_gqa"):
         return node
-    key, value = (repeated(strip(given[name])) for name in ("key", "value"))
-    if key is None or value is None:
+    sources = grouped(given)
+    if sources[1] is given["key"]:
         return node
-    if not meta.same_size(meta.tensor(key).shape[1], meta.tensor(value).shape[1]):
-        return node
-    new = attention(edit, node, (given["query"], key, value), given.get("is_causal", False), {**_options(given), "enable_gqa": True})
+    new = attention(edit, node, sources, given.get("is_causal", False), {**_options(given), "enable_gqa": True})
     edit.replace(node, new, rule=rule_here("grouped heads"))
     edit.erase(node)
     return new
+
+
+def grouped(given: Mapping[str, Any]) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Query, key and value of an attention; keys and values unrepeated if both are repeated for groups of heads."""
+    key, value = (repeated(strip(given[name])) for name in ("key", "value"))
+    if key is None or value is None or not meta.same_size(meta.tensor(key).shape[1], meta.tensor(value).shape[1]):
+        return given["query"], given["key"], given["value"]
+    return given["query"], key, value
 
 
 def repeated(node: Any) -> fx.Node | None:
