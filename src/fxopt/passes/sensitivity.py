@@ -218,7 +218,7 @@ def choose(errors: Errors, weights: Mapping[str, tuple[tuple[int, ...], torch.dt
         PassError: the smallest formats take more than the budget.
     """
     ladders = {name: _hull([(bits_of(shape, dtype, format) * math.prod(shape), error, format)
-                            for format, error in (*errors[name].items(), ("dense", 0.0))]) for name, (shape, dtype) in sorted(weights.items())}
+                            for format, error in (*errors[name].items(), ("dense", 0.0))]) for name, (shape, dtype) in weights.items()}
     count = sum(math.prod(shape) for shape, _ in weights.values())
     spent = math.fsum(ladder[0][0] for ladder in ladders.values())
     budget = bits * count
