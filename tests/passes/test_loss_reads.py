@@ -191,6 +191,28 @@ def test_chosen_log_probabilities_train() -> None:
     assert got["reduction"] == "none" and got["logit_scale"] == pytest.approx(1 / 0.7) and got["statistics"] == [False] * 3
 
 
+@pytest.mark.parametrize("fill", ["clamp", "where", "masked_fill", "shifted"])
+def test_filled_labels_that_are_masked_never_reach_the_head(fill: str) -> None:
+    """A preference loss: log-probabilities of answers, summed over their tokens."""
+
+    def fn(y, z):
+        if fill == "shifted":
+            z, y = z[:, :-1], y[:, 1:]
+        filled = {"clamp": y.clamp(min=0), "where": torch.where(y != -100, y, 0), "masked_fill": y.masked_fill(y == -100, 0)}.get(fill, y.clamp(min=0))
+        sums = (z.log_softmax(-1).gather(-1, filled.unsqueeze(-1)).squeeze(-1) * (y != -100)).sum(-1)
+        return -F.logsigmoid(sums[0] - sums[1]), (z.argmax(-1) == y).sum()
+
+    got = given(fused(fn))
+    assert (got["ignore_index"], got["reduction"], got["statistics"]) == (-100, "none", [False, False, True])
+
+
+def test_filled_labels_that_are_read_stay() -> None:
+    got = given(fused(lambda y, z: (chosen(y, z) * (y != 3)).sum()))
+    assert got["ignore_index"] < -100
+    got = given(fused(lambda y, z: (chosen(y, z).exp() * (y != -100)).sum()))
+    assert got["ignore_index"] < -100
+
+
 @dataclasses.dataclass(frozen=True)
 class Wrong(Loss):
     """The planted fault: one argument of the op is another."""

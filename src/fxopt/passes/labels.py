@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,6 +109,20 @@ def fits(part: fx.Node, whole: fx.Node) -> bool:
     """Whether two values of the same rows have one shape. Of one dimension they do: their number may be written in two ways."""
     a, b = meta.tensor(part), meta.tensor(whole)
     return a.dim() == b.dim() and (a.dim() < 2 or meta.same_shape(a, b))
+
+
+def without_fill(term: Term) -> Term:
+    """The same loss of rows that have a label, where it is gathered at filled labels and nothing reads the other rows."""
+    ignored = ignored_label(term)
+    rows, labels = meta.tensor(term.target).shape[:-1], read_labels(term.target, ignored)
+    if not term.gathered or not labels.filled or not only_kept_rows(term.node, term):
+        return term
+    for node in reversed(labels.nodes):
+        val, before = meta.tensor(node), read_labels(node, ignored)
+        shaped = val.dim() == len(rows) and all(meta.same_size(a, b) for a, b in zip(val.shape, rows))
+        if shaped and val.dtype == torch.int64 and not before.filled and before.same(labels):
+            return replace(term, target=node, ignore_index=ignored)
+    return term
 
 
 def never_ignored(term: Term) -> bool:

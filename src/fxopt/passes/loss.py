@@ -18,7 +18,19 @@ from fxopt.ir.program import Lazy
 from fxopt.kernels.catalog import cross_entropy, linear_cross_entropy
 from fxopt.kernels.cross_entropy.rows import STATISTICS
 from fxopt.passes.base import Pass, Promise
-from fxopt.passes.logits import Head, Reading, Term, after, cheapest, outputs_of, read_back, read_head, read_term
+from fxopt.passes.labels import without_fill
+from fxopt.passes.logits import (
+    NEVER,
+    Head,
+    Reading,
+    Term,
+    after,
+    cheapest,
+    outputs_of,
+    read_back,
+    read_head,
+    read_term,
+)
 from fxopt.passes.statistics import find_statistics, put
 from fxopt.passes.z_loss import ZLoss, differs, find_z_loss
 
@@ -73,7 +85,7 @@ class Loss(Pass):
             if isinstance(term, str):
                 edit.missed("head and loss", node, term)
             elif term is not None and not (term.reduction == "none" and _lazy(edit, node)):
-                self._fuse(edit, term)
+                self._fuse(edit, without_fill(term))
         edit.facts -= {fact for fact in edit.facts if isinstance(fact, Lazy) and edit.outputs[fact.index].name != fact.node}
 
     def _fuse(self, edit: Edit, term: Term) -> None:
@@ -191,7 +203,8 @@ class _Target:
     def labels(self, before: fx.Node) -> fx.Node:
         """One class for each row of logits."""
         term = self.term
-        return self.edit.call(aten.squeeze.dim, (term.target, -1), like=term.node, before=before) if term.gathered else term.target
+        column = term.gathered and term.ignore_index == NEVER  # else it is not what was gathered at, see `without_fill`
+        return self.edit.call(aten.squeeze.dim, (term.target, -1), like=term.node, before=before) if column else term.target
 
     def replace(self, call: fx.Node, rule: str, chain: Sequence[fx.Node]) -> None:
         """Put result 0 of the call in the place of the loss, and drop what nobody reads any more."""
