@@ -25,10 +25,11 @@ FOREIGN: dict[str, str] = {"packed_attention": "attention stays with torch, whos
 
 @dataclass(frozen=True)
 class Implementation:
-    """An op and what runs it: "aten", "interpreter" or "gpu"."""
+    """An op and what runs it: "aten", "interpreter" or "gpu"; and the share of a test's cases that it runs on."""
 
     op: FusedOp
     kind: str
+    share: float = 1.0
 
     def running(self, must_start: str = "ops") -> AbstractContextManager[object]:
         """Inside, calls of the op on this implementation's device run this implementation; see `interpreted`."""
@@ -39,6 +40,10 @@ class Implementation:
         if self.kind != "gpu":
             return case
         return dataclasses.replace(case, args=tuple(_to_gpu(arg) if isinstance(arg, torch.Tensor) else arg for arg in case.args))
+
+
+# The interpreter takes a second for a handful of cases: all of them on every op take half of the CI's time. `pytest -m slow` runs all.
+INTERPRETED = 0.4
 
 
 def _to_gpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -52,7 +57,8 @@ def implementations(ops: Iterable[FusedOp]) -> list[object]:
     for op in ops:
         found.append(pytest.param(Implementation(op, "aten"), id=f"{op.name}-aten"))
         if op in with_kernels():
-            found.append(pytest.param(Implementation(op, "interpreter"), id=f"{op.name}-interpreter"))
+            found.append(pytest.param(Implementation(op, "interpreter", INTERPRETED), id=f"{op.name}-interpreter"))
+            found.append(pytest.param(Implementation(op, "interpreter"), id=f"{op.name}-interpreter-all", marks=pytest.mark.slow))
         found.append(pytest.param(Implementation(op, "gpu"), id=f"{op.name}-gpu", marks=pytest.mark.gpu))
     return found
 
