@@ -19,18 +19,7 @@ from fxopt.kernels.catalog import cross_entropy, linear_cross_entropy
 from fxopt.kernels.cross_entropy.rows import STATISTICS
 from fxopt.passes.base import Pass, Promise
 from fxopt.passes.labels import without_fill
-from fxopt.passes.logits import (
-    NEVER,
-    Head,
-    Reading,
-    Term,
-    after,
-    cheapest,
-    outputs_of,
-    read_back,
-    read_head,
-    read_term,
-)
+from fxopt.passes.logits import NEVER, Head, Reading, Term, after, cheapest, outputs_of, read_back, read_head, read_term
 from fxopt.passes.statistics import find_statistics, put
 from fxopt.passes.z_loss import ZLoss, differs, find_z_loss
 
@@ -51,7 +40,8 @@ class Loss(Pass):
     head. Logits that the model also returns stay in the graph, as an output that is computed when the caller reads it.
     Where the logits must exist, or come from elsewhere, the cross entropy alone becomes an op that keeps the logits as they
     are, and neither their cast nor their log_softmax. A cross entropy may be written as one, as nll_loss of log_softmax, or as
-    log_softmax gathered at one class a row.
+    the log-probability of one class a row. A z-loss that is added to it is part of the op where it is of the same rows, and
+    so are the accuracy, log-probabilities and entropy that are read of the same logits without a gradient.
 
     Args:
         chunk: rows whose logits exist at once; 0 lets the kernel choose.

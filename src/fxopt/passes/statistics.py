@@ -13,24 +13,8 @@ import torch.fx as fx
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit
 from fxopt.ir.index import Flow, called, full_arguments
-from fxopt.passes.labels import (
-    Labels,
-    ignored_label,
-    ignores_a_class,
-    never_ignored,
-    only_kept_rows,
-    read_labels,
-)
-from fxopt.passes.logits import (
-    ORDER,
-    Reading,
-    Term,
-    log_softmax_of,
-    over_classes,
-    read_back,
-    read_term,
-    selection,
-)
+from fxopt.passes.labels import Labels, ignored_label, ignores_a_class, never_ignored, only_kept_rows, read_labels
+from fxopt.passes.logits import ORDER, Reading, Term, log_softmax_of, over_classes, read_back, read_term, selection
 
 aten = torch.ops.aten
 
