@@ -15,6 +15,7 @@ from fxopt.errors import CheckError
 from fxopt.kernels import tolerance
 from fxopt.kernels.catalog import packed_attention
 from fxopt.kernels.packed_attention import body, cuda, torch_kernels
+from fxopt.kernels.packed_attention import runs as segment_runs
 from fxopt.kernels.packed_attention.cases import cases
 from fxopt.kernels.packed_attention.runs import runs
 
@@ -82,6 +83,32 @@ def test_the_runs():
     x = torch.randn(2, 3, 3, 4)
     assert torch.equal(found.apart(*found.together(x))[0], x) and found.apart(None) == [None]
     assert runs(torch.zeros(1, 0, dtype=torch.int64)).bounds == ((0,),)
+
+
+def test_segments_are_read_once_and_again_after_a_write(monkeypatch):
+    reads = []
+    monkeypatch.setattr(segment_runs, "_read", lambda segments, read=segment_runs._read: reads.append(1) or read(segments))
+    leaves = [x.requires_grad_() for x in qkv(1, 6)]
+    segments = torch.tensor([[1, 1, 1, 2, 2, 2]])
+    layers = [packed_attention(*leaves, segments, None, causal)[0] for causal in (True, False, True)]
+    sum(layers).sum().backward()
+    assert len(reads) == 1
+    before = packed_attention(*leaves, segments, None, False)[0]
+    segments[0, 3] = 1
+    after = packed_attention(*leaves, segments, None, False)[0]
+    assert len(reads) == 2 and not torch.equal(before, after)
+    assert torch.equal(after, packed_attention(*leaves, segments.clone(), None, False)[0]) and len(reads) == 3
+    with torch.inference_mode():
+        segments = torch.tensor([[1, 1, 1, 1, 2, 2]])
+        assert torch.equal(after, packed_attention(*leaves, segments, None, False)[0])
+        segments[0, 3] = 2
+        assert torch.equal(before, packed_attention(*leaves, segments, None, False)[0])
+
+
+def test_a_cuda_graph_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode(), pytest.raises(CheckError, match="CUDA graph"):
+        cuda.forward(*[torch.empty(1, 2, 6, 8, device="cuda")] * 3, torch.empty(1, 6, dtype=torch.int64, device="cuda"), None, True)
 
 
 @pytest.mark.parametrize("change", [lambda q, k, v, s: (q, k[:, :, :-1], v, s), lambda q, k, v, s: (q, k, v, s[:, :-1]), lambda q, k, v, s: (q[:, :3], k, v, s)])

@@ -72,9 +72,8 @@ def _attend(query, key, value, scale, causal):
     if torch_kernels.on_cpu(query, key, value):
         return torch_kernels.cpu_forward(query, key, value, scale, causal)
     scores = _scores(query, key, scale, causal)
-    lse = scores.logsumexp(-1)
-    out = scores.sub_(lse.unsqueeze(-1)).exp_() @ _grouped(value, query)
-    return out.flatten(1, 2), lse.flatten(1, 2)
+    out = scores.softmax(-1) @ _grouped(value, query)
+    return out.flatten(1, 2), scores.logsumexp(-1).flatten(1, 2)
 
 
 def _pull(dout, query, key, value, out, lse, scale, causal):
@@ -85,11 +84,11 @@ def _pull(dout, query, key, value, out, lse, scale, causal):
         return torch.zeros_like(query), torch.zeros_like(key), dout.unflatten(1, (kv_heads, -1)).to(lse.dtype).sum(2)
     if torch_kernels.on_cpu(query, key, value):
         return torch_kernels.cpu_backward(dout, query, key, value, out, lse, scale, causal)
-    probabilities = _scores(query, key, scale, causal).sub_(lse.unflatten(1, (kv_heads, -1)).unsqueeze(-1)).exp_()
+    probabilities = _scores(query, key, scale, causal).softmax(-1)  # exp(scores - lse) would round large scores twice
     dwide, qwide = (x.to(lse.dtype).unflatten(1, (kv_heads, -1)) for x in (dout, query))
     dvalue = (probabilities.mT @ dwide).sum(2)
-    dscores = (dwide @ _grouped(value, query).mT).mul_(probabilities)
-    dscores.sub_(probabilities.mul_(dscores.sum(-1, keepdim=True))).mul_(_factor(query, scale))
+    dscores = dwide @ _grouped(value, query).mT
+    dscores.sub_((dscores * probabilities).sum(-1, keepdim=True)).mul_(probabilities).mul_(_factor(query, scale))
     return (dscores @ _grouped(key, query)).flatten(1, 2), (dscores.mT @ qwide).sum(2), dvalue
 
 

@@ -1,7 +1,8 @@
 """Packed attention on a GPU: all segments in one launch of torch's variable-length attention.
 
-fxopt has no attention kernel of its own: torch's are as fast as the hardware. A call waits for the device once: the number of
-segments is a shape of what the kernel takes, and the longest one decides its grid. What that kernel does not take (fp32,
+fxopt has no attention kernel of its own: torch's are as fast as the hardware. The first call with some segments waits for the
+device: their number is a shape of what the kernel takes, and the longest one decides its grid. The other layers of the step do
+not wait. For the same reason it cannot be captured in a CUDA graph, which would keep the segments of its capture. What that kernel does not take (fp32,
 fp64, heads wider than 256 or not a multiple of 8) goes segment by segment, as on a CPU.
 """
 
@@ -11,12 +12,14 @@ import itertools
 
 import torch
 
+from fxopt.errors import CheckError
 from fxopt.kernels.packed_attention import body, torch_kernels
 from fxopt.kernels.packed_attention.runs import Runs, runs
 
 
 def forward(query, key, value, segments, scale, causal):
     """As `body.forward`."""
+    _refuse_capture(query)
     if not torch_kernels.varlen(query, value):
         return body.forward(query, key, value, segments, scale, causal)
     body.check(query, key, value, segments)
@@ -27,6 +30,7 @@ def forward(query, key, value, segments, scale, causal):
 
 def backward(dout, query, key, value, segments, out, lse, scale, causal, output_mask):
     """As `body.backward`; the kernel makes all three gradients."""
+    _refuse_capture(query)
     if not torch_kernels.varlen(query, value):
         return body.backward(dout, query, key, value, segments, out, lse, scale, causal, output_mask)
     batch, found = query.shape[0], runs(segments)
@@ -34,6 +38,11 @@ def backward(dout, query, key, value, segments, out, lse, scale, causal, output_
     lse = lse.transpose(0, 1).flatten(1).contiguous()
     grads = torch_kernels.varlen_backward(*map(_flat, flat), lse, *_offsets(found, query), scale, causal)
     return tuple(found.apart(*(_batched(grad, batch) if wanted else None for grad, wanted in zip(grads, output_mask, strict=True))))
+
+
+def _refuse_capture(query):
+    if query.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise CheckError("packed_attention reads its segments on the host: a CUDA graph would keep those of its capture", do="call it outside of the graph")
 
 
 def _flat(x):

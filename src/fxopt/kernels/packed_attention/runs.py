@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.utils.weak import TensorWeakRef
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,29 @@ class Runs:
                 yield row, slice(start, stop)
 
 
+# The segments that were read last, with what was read.
+_LAST: list[tuple[TensorWeakRef, int, Runs]] = []
+
+
 def runs(segments: torch.Tensor) -> Runs:
     """Reads the segments [rows, seq]; waits for the device once, twice where a segment comes back after another.
 
+    What was read is kept for the next call with the same tensor, unwritten: all layers of a step, forward and backward, read once.
+    (A write through `.data`, which torch does not count, would not be seen.)
     Measured on a CPU, 2,048 tokens: 0.02 ms, with a sort 0.3 ms; the attention takes 20 ms (9 heads of 64, 8 documents).
     """
+    if segments.is_inference():  # Writes to it are not counted.
+        return _read(segments)
+    version = segments._version
+    for known, then, found in tuple(_LAST):
+        if then == version and known() is segments:
+            return found
+    found = _read(segments)
+    _LAST[:] = [(TensorWeakRef(segments), version, found)]
+    return found
+
+
+def _read(segments: torch.Tensor) -> Runs:
     found, first = _bounds(segments)
     if all(len(set(ids)) == len(ids) for ids in first):
         return Runs(None, found)
