@@ -8,6 +8,7 @@ from interpreter.runner import SMALL, Interpreter
 from oracle import same_bits
 from torch import Tensor
 
+from fxopt.kernels.dequantize import body, triton
 from fxopt.kernels.dequantize.cases import base_of
 from fxopt.kernels.dequantize.triton import dense
 from fxopt.kernels.formats import FORMATS, Format, named
@@ -74,3 +75,12 @@ def test_the_result_shares_no_memory(format: Format) -> None:
         assert same_bits(weight, format.reference(before, shape, torch.float32))
         weight.fill_(7)
         assert all(map(same_bits, parts, before))
+
+
+def test_a_dense_weight_of_any_strides_becomes_contiguous() -> None:
+    weight = normal(5, 13).t().contiguous().t()
+    for dtype in DTYPES:
+        for kernel in (body, triton):
+            found = kernel.forward([weight], "dense", [5, 13], dtype)
+            assert found.is_contiguous() and found.data_ptr() != weight.data_ptr()
+            assert same_bits(found, weight.to(dtype))

@@ -167,8 +167,8 @@ def test_a_bound_that_does_not_hold_is_no_wrong_loss():
 # -- labels and logits that are out of the ordinary ------------------------------------------------------------------
 
 
-def logits_loss(logits, target, reduction="none"):
-    return LOGITS(logits, target, -100, reduction, 0.0, 0.0, 1.0, 0.0)[0]
+def logits_loss(logits, target, reduction="none", softcap=0.0):
+    return LOGITS(logits, target, -100, reduction, 0.0, softcap, 1.0, 0.0)[0]
 
 
 @pytest.mark.parametrize("label", [-1, 40, 2**40])
@@ -210,6 +210,19 @@ def test_a_confident_row_is_exact_to_the_last_digit(where, dtype, top):
         assert excess(grad[0, 2], -others[0], 0.0) <= 0
         for found in (loss, inference):
             assert excess(found.detach(), -(-others).log1p(), 0.0) <= 0
+
+
+@everywhere
+def test_a_saturated_cap_has_the_slope_of_tanh(where):
+    """1 - tanh^2 is 0.003 at 3.6: from tanh itself it is off by 140 ulp, and by more if tanh is."""
+    logits, label = torch.linspace(-2.0, 2.0, 129).unsqueeze(0), torch.tensor([120])
+    logits[0, label] = 7.2
+    plain, true = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    grads = [torch.autograd.grad(torch.nn.functional.cross_entropy(2.0 * torch.tanh(x / 2.0), label), x)[0][0, label] for x in (plain, true)]
+    leaf = logits.clone().requires_grad_()
+    with on(where), torch.enable_grad():
+        (grad,) = torch.autograd.grad(logits_loss(leaf, label, softcap=2.0).sum(), leaf)
+    assert excess(grad[0, label], grads[1], 0.0 if where == "kernels" else eager_error(grads[0], grads[1], torch.float32)) <= 0
 
 
 @everywhere

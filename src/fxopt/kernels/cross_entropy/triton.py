@@ -62,6 +62,16 @@ def capped(x, scale, softcap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def bend(x, scale, softcap, SCALED: tl.constexpr):
+    """1 - tanh^2 of a raw logit, without the cancellation where tanh is near 1: 4 e^-2a / (1 + e^-2a)^2."""
+    x = x.to(tl.float32)
+    if SCALED:
+        x = x * scale
+    decay = tl.exp(-2.0 * tl.abs(x / softcap))
+    return 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
+
+
+@triton.jit
 def log_total(others, own_shift):
     """log(others + exp(own_shift)), to the last digit where the label is the maximum."""
     return tl.where(own_shift == 0.0, log1p(others), tl.log(others + tl.exp(own_shift)))
@@ -116,6 +126,7 @@ def row_kernel(logits_ptr, logits_row, logits_column, bias_ptr, target_ptr, weig
         own = tl.load(logits + label * logits_column, mask=known, other=float("nan")).to(tl.float32)
         if BIASED:
             own += tl.load(bias_ptr + label, mask=known, other=0.0).to(tl.float32)
+        raw_own = own
         own = capped(own, scale, softcap, SCALED, CAPPED)
         top = tl.full((BLOCK,), LOWEST, tl.float32)
         rest = tl.zeros((BLOCK,), tl.float32)
@@ -160,6 +171,7 @@ def row_kernel(logits_ptr, logits_row, logits_column, bias_ptr, target_ptr, weig
                 x = tl.load(logits + column.to(tl.int64) * logits_column, mask=inside, other=0.0).to(tl.float32)
                 if BIASED:
                     x += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+                raw = x
                 x = capped(x, scale, softcap, SCALED, CAPPED)
                 shift = x - maximum
                 e = tl.exp(shift)
@@ -170,7 +182,7 @@ def row_kernel(logits_ptr, logits_row, logits_column, bias_ptr, target_ptr, weig
                 if GRAD:
                     slant = e * slope - even
                     if CAPPED:
-                        slant = slant * (1.0 - (x / softcap) * (x / softcap))
+                        slant = slant * bend(raw, scale, softcap, SCALED)
                     out = grad_ptr + row * grad_row + column
                     tl.store(out, slant.to(grad_ptr.dtype.element_ty), mask=inside & (column != label))
             if ENTROPY:
@@ -179,7 +191,7 @@ def row_kernel(logits_ptr, logits_row, logits_column, bias_ptr, target_ptr, weig
                 loss = (1.0 - smoothing) * loss + smoothing * (log_sum - tl.sum(shifts, 0) / classes)
             if GRAD:
                 if CAPPED:
-                    own_slope = own_slope * (1.0 - (own / softcap) * (own / softcap))
+                    own_slope = own_slope * bend(raw_own, scale, softcap, SCALED)
                 tl.store(grad_ptr + row * grad_row + label, own_slope.to(grad_ptr.dtype.element_ty), mask=known)
         if HAS_Z:
             loss += z_loss * lse * lse
@@ -207,12 +219,13 @@ def gradient_kernel(logits_ptr, logits_row, logits_column, target_ptr, maximum_p
         if MEAN:
             weight = weight / tl.load(count_ptr).to(tl.float32)
         maximum, others = tl.load(maximum_ptr + row), tl.load(others_ptr + row)
+        raw = x
         own = capped(own, scale, softcap, SCALED, CAPPED)
         x = capped(x, scale, softcap, SCALED, CAPPED)
         slope, even, own_slope = slopes(others, own - maximum, maximum, weight, smoothing, z_loss, scale, classes, HAS_Z)
         slant = tl.where(column == label, own_slope, tl.exp(x - maximum) * slope - even)
         if CAPPED:
-            slant = slant * (1.0 - (x / softcap) * (x / softcap))
+            slant = slant * bend(raw, scale, softcap, SCALED)
         tl.store(out, slant.to(grad_ptr.dtype.element_ty), mask=inside)
 
 

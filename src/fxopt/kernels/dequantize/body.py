@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from fxopt.kernels.formats import named
 
 
@@ -24,7 +26,7 @@ def forward(base, format, shape, dtype):
     found = named(format)
     found.check(base, shape)
     weight = found.dequantize(base, shape, dtype)
-    return weight.clone() if weight is base[0] else weight.contiguous()
+    return weight.clone(memory_format=torch.contiguous_format) if weight is base[0] else weight.contiguous()
 
 
 def forward_fake(base, format, shape, dtype):

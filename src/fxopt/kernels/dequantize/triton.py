@@ -118,4 +118,4 @@ def forward(base, format, shape, dtype):
         return body.forward(base, format, shape, dtype)
     named(format).check(base, shape)
     weight = dense(base, format, shape, dtype)
-    return weight.clone() if weight is base[0] else weight
+    return weight.clone(memory_format=torch.contiguous_format) if weight is base[0] else weight.contiguous()
