@@ -41,8 +41,9 @@ def on_cases(op, check, examples, accept=lambda case: True, phases=(Phase.genera
 
 def where_it_runs(where, check, examples, accept=lambda case: True):
     """Run check on drawn cases of an implementation, on its device."""
+    examples = max(4, round(where.share * examples))
     with where.running("operators" if examples >= 200 else "ops"):
-        on_cases(where.op, lambda case: check(where.on_device(case)), max(4, round(where.share * examples)), accept)
+        on_cases(where.op, lambda case: check(where.on_device(case)), examples, accept)
 
 
 def drawn_cases(op, accept=lambda case: True):

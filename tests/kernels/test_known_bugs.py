@@ -131,13 +131,13 @@ def test_every_input_that_can_be_trained_gets_a_gradient(where):
     def check(case):
         # A place in an open list means another tensor in every case: what counts is the argument of the op.
         argument = {place: i for i, places in enumerate(case.packed(range(len(case.args)))) for place in pytree.tree_leaves(places)}
-        grads = run(where.op, case, case.args).grads
-        trained.update(argument[place] for place in case.grads)
+        grads, plain = (run(function, case, case.args).grads for function in (where.op, where.op.reference))
+        trained.update(argument[place] for place in case.grads if plain[place].isfinite().all() and plain[place].any())
         assert all((grads[place] is not None) == (place in case.grads) for place in range(len(case.args)))
         found.update(argument[place] for place in case.grads if grads[place].isfinite().all() and grads[place].any())
 
     where_it_runs(where, check, 60)
-    assert found == trained
+    assert trained and found >= trained
 
 
 # -- 5, 7: norms, gated units, rotations -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,8 +86,17 @@ def test_the_runs():
     assert runs(torch.zeros(1, 0, dtype=torch.int64)).bounds == ((0,),)
 
 
-def test_segments_are_read_once_and_again_after_a_write(monkeypatch):
+def test_a_buffer_that_numpy_fills_again_is_read_again():
+    buffer, leaves = np.array([[1, 1, 1, 2, 2, 2]]), qkv(1, 6)
+    segments = torch.from_numpy(buffer)
+    for row in ([1, 1, 1, 2, 2, 2], [1, 1, 2, 2, 2, 2], [1, 2, 3, 1, 2, 3]):
+        buffer[:] = row
+        assert torch.equal(packed_attention(*leaves, segments, None, True)[0], packed_attention(*leaves, torch.tensor([row]), None, True)[0])
+
+
+def test_segments_on_a_device_are_read_once_and_again_after_a_write(monkeypatch):
     reads = []
+    monkeypatch.setattr(segment_runs, "_shared", lambda segments: False)
     monkeypatch.setattr(segment_runs, "_read", lambda segments, read=segment_runs._read: reads.append(1) or read(segments))
     leaves = [x.requires_grad_() for x in qkv(1, 6)]
     segments = torch.tensor([[1, 1, 1, 2, 2, 2]])

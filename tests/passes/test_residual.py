@@ -203,3 +203,22 @@ def test_the_backward_recomputes_the_norm_alone() -> None:
     targets = [str(node.target) for graph in graphs for node in graph.nodes]
     assert "fxopt.add_layer_norm_backward.default" in targets and "fxopt.layer_norm.default" in targets
     assert "fxopt.add_layer_norm.default" not in targets
+
+
+def test_a_norm_that_nothing_learns_through_stays_apart() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            total = x + self.linear(x)
+            with torch.no_grad():
+                y = self.norm(total)
+            return (y * total).pow(2).mean()
+
+    model = Frozen()
+    opt = fxopt.optimize(model, inputs=(X,))
+    assert "nothing takes a gradient through the norm's result" in str(opt.report)
+    opt(X).backward()
+    assert model.norm.weight.grad is None and model.linear.weight.grad.any()

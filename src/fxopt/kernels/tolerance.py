@@ -8,7 +8,8 @@ The oracle compares with the truth, the fp64 reference, not with another rounded
 et al., 2024, https://arxiv.org/abs/2411.09009. Its error is the maximum over the tensor (rounding errors are not
 paired element by element) and over the case and `NEARBY` others whose inputs differ by up to
 `STEP`: on one row or one column eager is now and then exact by luck, and cancellation hides it.
-An fp64 candidate is as exact as the truth; there the error of eager is taken in fp32 and scaled.
+An fp64 candidate is as exact as the truth; there the error of eager is taken in fp32 and scaled, and `ULPS_OF_BOTH` counts, for
+the truth is rounded after each of its operations too, in its own order.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 # Another order of the same sums: twice is common on the small tensors of the cases.
 EAGER = 2.0
 ULPS = 2.0
+ULPS_OF_BOTH = 8.0
 NEARBY = 10
 STEP = 2.0**-6
 
@@ -48,7 +50,7 @@ def excess(candidate: torch.Tensor, truth: torch.Tensor, error: float) -> float:
     """
     if candidate.shape != truth.shape:
         return float("inf")
-    unit = torch.finfo(candidate.dtype).eps
+    unit, ulps = torch.finfo(candidate.dtype).eps, ULPS_OF_BOTH if candidate.dtype == torch.float64 else ULPS
     candidate, truth = candidate.double(), truth.double()
     finite = truth.isfinite()
     if not torch.allclose(candidate[~finite], truth[~finite], rtol=0.0, atol=0.0, equal_nan=True):
@@ -56,7 +58,7 @@ def excess(candidate: torch.Tensor, truth: torch.Tensor, error: float) -> float:
     if not finite.any():
         return 0.0
     candidate, truth = candidate[finite], truth[finite]
-    worst = ((candidate - truth).abs() - ULPS * unit * truth.abs()).max() - EAGER * error
+    worst = ((candidate - truth).abs() - ulps * unit * truth.abs()).max() - EAGER * error
     return float("inf") if worst.isnan() else float(worst)
 
 

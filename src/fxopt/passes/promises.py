@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -84,13 +85,19 @@ def _writes(before: Program, after: Program) -> str | None:
 
 def differentiable(program: Program) -> set[str]:
     """Trainable slots with a path of differentiable values to an output."""
-    reached: set[fx.Node] = {out for out in program.outputs if isinstance(out, fx.Node)}
-    for node in reversed(program.nodes):
+    reached = reaching(program.nodes, program.outputs)
+    return {str(node.target) for node in reached if node.op == "get_attr" and node.target in program.slots and program.trainable(str(node.target))}
+
+
+def reaching(nodes: Sequence[fx.Node], outputs: Iterable[object]) -> set[fx.Node]:
+    """The nodes with a path of differentiable values to an output. `nodes`: of a graph, in order."""
+    reached: set[fx.Node] = {out for out in outputs if isinstance(out, fx.Node)}
+    for node in reversed(nodes):
         if node not in reached or node.target is aten.detach.default or not _carries(node):
             reached.discard(node)
             continue
         reached.update(node.all_input_nodes)
-    return {str(node.target) for node in reached if node.op == "get_attr" and node.target in program.slots and program.trainable(str(node.target))}
+    return reached
 
 
 def _carries(node: fx.Node) -> bool:

@@ -16,6 +16,7 @@ from fxopt.ir.edit import Edit, rule_here
 from fxopt.ir.index import Flow, called, same_strides, viewed
 from fxopt.kernels.catalog import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fxopt.kernels.op import FusedOp
+from fxopt.passes.promises import reaching
 
 aten = torch.ops.aten
 _FOLDED = {rms_norm.overload: add_rms_norm, layer_norm.overload: add_layer_norm}
@@ -24,12 +25,15 @@ OPS = tuple(op.name for op in _FOLDED.values())
 
 def fold(edit: Edit, ops: Iterable[str] = OPS) -> None:
     """Each norm of a sum that may be made in one place with it becomes one of `ops`."""
-    flow, blocks = Flow(edit.graph, edit.slots), repeated(edit.nodes)
+    flow, blocks, learning = Flow(edit.graph, edit.slots), repeated(edit.nodes), reaching(edit.nodes, edit.outputs)
     for norm in edit.nodes:
         op = _FOLDED.get(norm.target) if norm.op == "call_function" else None
         if op is None or op.name not in ops or not called(norm.args[0], aten.add.Tensor):
             continue
-        reason = _refusal(flow, blocks, norm.args[0], norm) or _rewrite(edit, op, norm.args[0], norm)
+        if norm.args[0] in learning and norm not in learning:
+            reason = "nothing takes a gradient through the norm's result, but through the sum"
+        else:
+            reason = _refusal(flow, blocks, norm.args[0], norm) or _rewrite(edit, op, norm.args[0], norm)
         if reason is not None:
             edit.missed(op.name, norm, reason)
 

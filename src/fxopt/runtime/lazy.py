@@ -26,7 +26,7 @@ class LazyOutput(torch.Tensor):
     @staticmethod
     def of(shape: torch.Size, dtype: torch.dtype, device: torch.device, compute: Callable[[], torch.Tensor], depends: list[torch.Tensor]) -> LazyOutput:
         """A lazy tensor. `depends`: tensors that must not be written before it is computed."""
-        requires_grad = torch.is_grad_enabled() and any(t.requires_grad for t in depends)
+        requires_grad = (dtype.is_floating_point or dtype.is_complex) and torch.is_grad_enabled() and any(t.requires_grad for t in depends)
         self = torch.Tensor._make_wrapper_subclass(LazyOutput, shape, dtype=dtype, device=device, requires_grad=requires_grad)
         self._compute, self._made = compute, None
         self._versions = [(t, t._version) for t in depends if not t.is_inference()]

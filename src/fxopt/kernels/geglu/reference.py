@@ -15,8 +15,15 @@ from fxopt.kernels.op import Bind, Pattern
 
 
 def geglu(gate, up, approximate):
-    """Same arguments as `fxopt::geglu`; returns (y,)."""
-    return (F.gelu(gate, approximate=approximate) * up,)
+    """Same arguments as `fxopt::geglu`; returns (y,).
+
+    fp64 is the truth that others are compared with. It must not cancel, as 1 + erf(x) and 1 + tanh(x) do where both are near 0.
+    """
+    if gate.dtype != torch.float64:
+        return (F.gelu(gate, approximate=approximate) * up,)
+    if approximate == "none":
+        return (gate * 0.5 * torch.erfc(gate * -math.sqrt(0.5)) * up,)
+    return (gate * torch.sigmoid(math.sqrt(8.0 / math.pi) * (gate + 0.044715 * gate**3)) * up,)
 
 
 def _erf(gate, up):
