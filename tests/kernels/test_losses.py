@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from interpreter.runner import SMALL, Interpreter, interpreted
 from oracle import same_bits
 from torch.utils.flop_counter import FlopCounterMode
@@ -234,6 +235,33 @@ def test_what_is_ignored_may_hold_anything(where):
         loss = logits_loss(leaf, target, "mean")
         (grad,) = torch.autograd.grad(loss, leaf)
     assert loss.isfinite() and not grad[[1, 3]].any() and grad[[0, 2, 4, 5]].isfinite().all()
+
+
+@everywhere
+@pytest.mark.parametrize("pull", [NAN, torch.inf])
+@pytest.mark.parametrize("kept", [0, 3], ids=["no label", "some labels"])
+@pytest.mark.parametrize("reduction", body.REDUCTIONS)
+def test_what_is_ignored_takes_no_gradient_even_of_nan(where, reduction, kept, pull):
+    """A sum divided by no labels has the gradient inf: in plain PyTorch rows without a label stay at zero."""
+    hidden, weight, target = data(8, 5, 12)
+    target[kept:], bias = -100, torch.arange(12.0)
+    ignored = target == -100
+    leaves = [part.requires_grad_() for part in (hidden, weight, bias, (hidden.detach() @ weight.detach().t()))]
+
+    def backward(loss, inputs):
+        return torch.autograd.grad(loss, inputs, torch.full_like(loss, pull))
+
+    cross = {"reduction": reduction, "ignore_index": -100}
+    plain = backward(F.cross_entropy(F.linear(hidden, weight, bias), target, **cross), leaves[:3])
+    plain += backward(F.cross_entropy(leaves[3], target, **cross), leaves[3:])
+    for saved in (True, False):
+        with on(where), torch.enable_grad():
+            loss = head(hidden, weight, target, bias, reduction, mask=(saved,) * 3, statistics=(False,) * 3)[0]
+            mine = backward(loss, leaves[:3]) + backward(logits_loss(leaves[3], target, reduction), leaves[3:])
+        assert not mine[0][ignored].any() and not mine[3][ignored].any()
+        for found, theirs in zip(mine, plain, strict=True):
+            assert not (found.isnan() & ~theirs.isnan()).any() and bool(found.any()) == bool(kept)
+            assert pull == torch.inf or torch.equal(found.isnan(), theirs.isnan())
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from zoo import Captured, data, function, weight
 
 import fxopt
-from fxopt.errors import CheckError
+from fxopt.errors import CaptureError, CheckError
 from fxopt.ir.edit import Edit
 from fxopt.ir.program import Lazy
+from fxopt.passes.logits import NEVER
 from fxopt.passes.loss import Loss
 from fxopt.runtime.lazy import LazyOutput
 
@@ -211,6 +212,73 @@ def test_filled_labels_that_are_read_stay() -> None:
     assert got["ignore_index"] < -100
     got = given(fused(lambda y, z: (chosen(y, z).exp() * (y != -100)).sum()))
     assert got["ignore_index"] < -100
+
+
+MASKED = {
+    "mean": lambda y, p: -p.mean(),
+    "masked": lambda y, p: -(p * (m := y != -100)).sum() / m.sum(),
+    "masked in floats, returned": lambda y, p: (-((m := (y != -100).float()) * p).sum() / m.sum(), (p * m).detach()),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_gathered_at_labels_of_other_sizes(name: str) -> None:
+    """Nothing ties the sizes of the labels to those of the logits: gather reads the first rows, as many as there are labels."""
+    captured = function(lambda h, y, w: MASKED[name](y, chosen(y, F.linear(h, w))), H, LABELS[:, :5], w=W).after("canonicalize").check(Loss())
+    got = given(captured)
+    assert got["reduction"] == "none" and len(captured.calls("slice")) == 2 and not captured.calls("log_softmax") and not captured.misses
+    assert got["ignore_index"] == (-100 if name != "mean" else NEVER)
+
+
+def test_log_probabilities_at_the_labels_of_the_loss() -> None:
+    """As many labels as rows, and none of more rows than there are: the sizes must be the same."""
+    captured = function(lambda h, y, w: (loss(y, z := F.linear(h, w)), (chosen(y, z) * (y != -100)).detach()), H, LABELS, w=W)
+    captured = captured.after("canonicalize").check(Loss())
+    assert given(captured)["statistics"] == [True, False, False] and not captured.misses
+
+
+def test_log_probabilities_of_the_same_rows() -> None:
+    def fn(h, y, w):
+        z, m = F.linear(h, w), y != -100
+        return -(chosen(y, z) * m).sum() / m.sum(), chosen(y, z.detach()) * m
+
+    captured = function(fn, H, LABELS[:, :5], w=W).after("canonicalize").check(Loss())
+    assert given(captured)["statistics"] == [True, False, False] and not captured.misses
+
+
+def test_an_entropy_of_more_rows_than_the_loss_is_apart() -> None:
+    captured = function(lambda h, y, w: (-chosen(y, z := F.linear(h, w)).mean(), entropy(z.detach())), H, LABELS[:, :5], w=W)
+    captured = captured.after("canonicalize").check(Loss())
+    assert given(captured)["statistics"] == [False] * 3 and any("fewer rows" in said for said in captured.misses)
+
+
+class Scored(nn.Module):
+    """Log-probabilities of the labels that are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(19, 8), nn.Linear(8, 19)
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return chosen(labels, self.head(self.embed(ids)))
+
+
+def test_labels_of_any_sizes_that_gather_takes() -> None:
+    eager = Scored().train()
+    opt = fxopt.optimize(copy.deepcopy(eager), "loss", inputs={"ids": CLEAN, "labels": LABELS})
+    assert "head and loss" in str(opt.report) and "select some" not in str(opt.report)
+    for ids, labels in ((CLEAN, LABELS), (CLEAN[:, :5], LABELS[:, :3]), (CLEAN.repeat(2, 1), LABELS)):
+        results = []
+        for model in (eager, opt):
+            model.zero_grad()
+            results.append(model(ids=ids, labels=labels))
+            results[-1].square().sum().backward()
+        torch.testing.assert_close(*results)
+        for mine, theirs in zip(opt.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad)
+    with pytest.raises(CaptureError, match="no larger than"):
+        opt(ids=CLEAN[:, :5], labels=LABELS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch.fx as fx
 
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit, effectful
-from fxopt.ir.index import arguments, called, full_arguments
+from fxopt.ir.index import arguments, called, full_arguments, static
 
 aten = torch.ops.aten
 
@@ -37,6 +37,7 @@ class Term:
         ignore_index, reduction, label_smoothing: as the op takes them.
         gathered: target is [..., 1], as gather takes it, and `node` [..., 1] or [...].
         negative: `node` is minus the loss.
+        cut: the dimensions of the rows of which gather may read the first ones only, as many as `target` has.
     """
 
     node: fx.Node
@@ -49,6 +50,24 @@ class Term:
     label_smoothing: float = 0.0
     gathered: bool = False
     negative: bool = False
+    cut: tuple[int, ...] = ()
+
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """What `cut` leaves of the rows: equal where the same rows of the same logits are read; empty for all."""
+        if not self.cut:
+            return ()
+        x, _, index = self.node.args[:3]
+        return tuple(map(str, (*meta.tensor(x).shape[:-1], *meta.tensor(index).shape[:-1])))
+
+    def select(self, edit: Edit, x: fx.Node, before: fx.Node) -> fx.Node:
+        """Those rows of x, [..., last], that are read. Where x has fewer than `target`, the op raises, as gather does."""
+        for dim in self.cut:
+            size = static(meta.tensor(self.target).shape[dim])
+            if size is None:
+                size = edit.call(aten.sym_size.int, (self.target, dim), like=self.node, before=before)
+            x = edit.call(aten.slice.Tensor, (x, dim, 0, size), like=self.node, before=before)
+        return x
 
 
 def read_term(node: fx.Node) -> Term | str | None:
@@ -95,8 +114,10 @@ def _gathered(node: fx.Node) -> Term | str | None:
     x, _, index = node.args[:3]
     if not called(x, aten.log_softmax.int):
         return None
-    reason = _not_one_a_row(node, node.args[0], index)
-    return reason or _normalized(Term(node, x, index, ignore_index=NEVER, reduction="none", gathered=True, negative=True))
+    if (reason := _not_one_a_row(node, index)) is not None:
+        return reason
+    # Sizes that are not known to be equal: gather needs no more than that the index is not the larger one.
+    return _normalized(Term(node, x, index, ignore_index=NEVER, reduction="none", gathered=True, negative=True, cut=_differing(x, index)))
 
 
 def _normalized_late(node: fx.Node) -> Term | str | None:
@@ -110,7 +131,9 @@ def _normalized_late(node: fx.Node) -> Term | str | None:
         return None
     x, _, index = own.args[:3]
     rows, shape = meta.tensor(x).shape[:-1], meta.tensor(node).shape
-    reason = _not_one_a_row(own, x, index)
+    reason = _not_one_a_row(own, index)
+    if reason is None and _differing(x, index):
+        reason = f"`{index.name}` may select some of the rows"
     if reason is None and [dim % (len(rows) + 1) for dim in total.args[1]] != [len(rows)]:
         reason = f"`{total.name}` is not taken over the classes"
     if reason is None and (len(shape) not in (len(rows), len(rows) + 1) or not all(meta.same_size(a, b) for a, b in zip((*rows, 1), shape))):
@@ -118,14 +141,18 @@ def _normalized_late(node: fx.Node) -> Term | str | None:
     return reason or Term(node, x, index, (*picked, *summed, own, total), ignore_index=NEVER, reduction="none", gathered=True, negative=negative)
 
 
-def _not_one_a_row(gather: fx.Node, x: fx.Node, index: fx.Node) -> str | None:
-    """Why what is gathered of `x` is not one class for each row."""
+def _not_one_a_row(gather: fx.Node, index: fx.Node) -> str | None:
+    """Why what is gathered is not one class for each row."""
     sizes = meta.tensor(index).shape
     if not over_classes(gather) or len(sizes) < 2 or not meta.same_size(sizes[-1], 1):
         return "the log-probabilities of one class for each row are not what is gathered"
-    if any(not meta.same_size(a, b) for a, b in zip(meta.tensor(x).shape[:-1], sizes[:-1], strict=True)):
-        return f"`{index.name}` may select some of the rows"
     return None
+
+
+def _differing(x: fx.Node, index: fx.Node) -> tuple[int, ...]:
+    """The dimensions of the rows in which an index is not known to have the size of `x`."""
+    sizes = zip(meta.tensor(x).shape[:-1], meta.tensor(index).shape[:-1], strict=True)
+    return tuple(dim for dim, (a, b) in enumerate(sizes) if not meta.same_size(a, b))
 
 
 def over_classes(node: fx.Node) -> bool:

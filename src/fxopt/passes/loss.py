@@ -118,7 +118,7 @@ class Loss(Pass):
         if lazy and self.logits == "keep":
             return "the model returns the logits, and they are to be kept"
         dtype = meta.tensor(head.linear).dtype  # under autocast this is not the inputs' dtype: cast as autocast does
-        rows = reading.rows(edit, head.hidden, static(width), loss, before)
+        rows = term.select(edit, reading.rows(edit, head.hidden, static(width), loss, before), before)
         hidden, weight, bias = (_cast(edit, x, dtype, loss, before) for x in (rows, head.weight, head.bias))
         if bias is not None and meta.tensor(bias).dim() > 1:
             bias = edit.call(aten.reshape.default, (bias, [classes]), like=loss, before=before)
@@ -154,7 +154,7 @@ def _alone(at: _Target, reading: Reading) -> str | None:
         return f"`{normalized[0].name}` is also read by others"
     if (reason := at.written((*reading.chain, reading.source))) is not None:
         return reason
-    logits = reading.rows(edit, reading.source, classes, loss, loss)
+    logits = term.select(edit, reading.rows(edit, reading.source, classes, loss, loss), loss)
     call = edit.call(cross_entropy.overload, (logits, at.labels(loss), *at.options(reading)), like=loss)
     at.replace(call, rule_here("loss"), reading.chain)
     return None

@@ -28,7 +28,7 @@ class Statistic:
     Attributes:
         node: where the program computes it. place: of the statistic among those of the op. negative: whether `node` is minus it.
         function: of the logits that it is taken of; for `CORRECT` only which rows of which value (see `Reading`).
-        labels: what it is taken at; None for the entropy.
+        labels: what it is taken at; None for the entropy. taken: as in `Term`, of the rows of `function`.
     """
 
     node: fx.Node
@@ -36,6 +36,7 @@ class Statistic:
     negative: bool
     function: tuple[Any, ...]
     labels: fx.Node | None = None
+    taken: tuple[str, ...] = ()
 
 
 def read_statistic(node: fx.Node) -> Statistic | None:
@@ -48,7 +49,7 @@ def read_statistic(node: fx.Node) -> Statistic | None:
     if not isinstance(term, Term) or term.reduction != "none" or term.label_smoothing:
         return None
     function = read_back(term.logits, shaping=term.shaping, detached=True)[0][-1].function
-    return Statistic(node, LOG_PROB, not term.negative, function, term.target)
+    return Statistic(node, LOG_PROB, not term.negative, function, term.target, term.taken)
 
 
 def _correct(node: fx.Node) -> Statistic | None:
@@ -106,6 +107,9 @@ def why_not(edit: Edit, flow: Flow, found: Statistic, term: Term) -> str | None:
     """Why the op's statistic is not what the program computes, for logits that are the same."""
     ignored = ignored_label(term)
     labels = read_labels(term.target, ignored)
+    # Where the loss has a label for each row, gather cannot take fewer rows at as many labels.
+    if term.cut and found.taken != term.taken:
+        return "the loss may be of fewer rows"
     if found.labels is None:
         differs = not never_ignored(term)
     else:

@@ -87,7 +87,8 @@ def slopes(others, own_shift, maximum, weight, smoothing, z_loss, scale, classes
         rise = 2.0 * z_loss * (maximum + log_total(others, own_shift))
     outer = weight * scale
     label = rise * (own / total) - others / total + (smoothing - smoothing / classes)
-    return outer * (1.0 + rise) / total, outer * (smoothing / classes), outer * label
+    even = tl.where(smoothing == 0.0, 0.0, outer * (smoothing / classes))  # No 0 times an infinite weight.
+    return outer * (1.0 + rise) / total, even, outer * label
 
 
 @triton.jit(do_not_specialize=["ignore_index"])

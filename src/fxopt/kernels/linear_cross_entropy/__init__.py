@@ -11,7 +11,7 @@ _OPTIONS = (
 
 _BACKWARD = Kernel(
     "linear_cross_entropy_backward(Tensor grad_loss, Tensor count, Tensor? d_hidden, Tensor? d_weight, "
-    "Tensor? d_bias, Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? target, "
+    "Tensor? d_bias, Tensor? hidden, Tensor? weight, Tensor? bias, Tensor target, "
     + _OPTIONS
     + "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
     body=body.backward,

@@ -161,11 +161,11 @@ def backward(
 
     Args:
         grad_loss: [] or [...] for "none". count, d_hidden, d_weight, d_bias: results of forward.
-        hidden, weight, bias, target: None unless a gradient in output_mask was not computed then.
+        target: as given to forward. hidden, weight, bias: None unless a gradient in output_mask was not computed then.
 
     Returns:
-        the three gradients in their inputs' dtypes, None where the mask is off. Rows that were
-        ignored have zero gradient; so has everything when no row was kept.
+        the three gradients in their inputs' dtypes, None where the mask is off. Rows that were ignored have zero gradient,
+        also where grad_loss is infinite or NaN; so has everything when no row was kept.
     """
     terms = Terms(label_smoothing, softcap, logit_scale, z_loss)
     head = Head(weight, bias, ignore_index, terms, chunk, rows)
@@ -181,8 +181,9 @@ def back_on_device(device, grad_loss, count, saved, hidden, head, target, reduct
         fresh = sweep(device, head, as_rows(hidden), target.reshape(-1), weights, missing, NONE)[2:]
     grad = grad_loss.to(wide(grad_loss.dtype))
     if reduction == "mean":
-        # With no row kept the saved gradients are zero, and 0 / 0 must not make them NaN.
         grad = grad / count.clamp(min=1)
+    # Saved gradients of ignored rows are zero, and times an infinite one, that of a sum divided by no labels, would be NaN.
+    grad = grad.masked_fill(count == 0, 0.0)
     results = []
     for place, part in enumerate(saved):
         if not output_mask[place]:
@@ -192,6 +193,8 @@ def back_on_device(device, grad_loss, count, saved, hidden, head, target, reduct
         else:
             factor = grad.unsqueeze(-1) if reduction == "none" else grad
             results.append(torch.mul(part, factor, out=part.new_empty(part.shape)))
+            if place == 0:
+                results[0].masked_fill_((target == head.ignore_index).unsqueeze(-1), 0.0)
     return tuple(results)
 
 
@@ -226,5 +229,5 @@ def setup_context(ctx, inputs, output):
     needed = ctx.needs_input_grad[:3]
     again = any(need and gradient is None for need, gradient in zip(needed, gradients, strict=True))
     gradients = [gradient if need else None for need, gradient in zip(needed, gradients, strict=True)]
-    data = (hidden, weight, bias, target) if again else (None,) * 4
-    ctx.save_for_backward(count, *gradients, *data)
+    data = (hidden, weight, bias) if again else (None,) * 3
+    ctx.save_for_backward(count, *gradients, *data, target)
