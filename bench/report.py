@@ -161,18 +161,21 @@ def _gib(value: float) -> str:
     return f"{value / 2**30:.2f} GiB"
 
 
+def page() -> str | None:
+    """The page of the records there are; None without any."""
+    kinds = {"demo": demo_section, "ops": ops_section}
+    sections = [section() for kind, section in kinds.items() if (RESULTS / f"{kind}.jsonl").exists()]
+    return "\n\n".join([INTRODUCTION.strip(), *sections]) + "\n" if sections else None
+
+
 def main() -> int:
     """Writes the page."""
-    sections = [INTRODUCTION.strip()]
-    if (RESULTS / "demo.jsonl").exists():
-        sections.append(demo_section())
-    if (RESULTS / "ops.jsonl").exists():
-        sections.append(ops_section())
-    if len(sections) == 1:
+    text = page()
+    if text is None:
         print("no results: run `make bench` first", file=sys.stderr)
         return 1
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text("\n\n".join(sections) + "\n")
+    PAGE.write_text(text)
     return 0
 
 
