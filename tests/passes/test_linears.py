@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import fxopt
 from fxopt.errors import PassError
+from fxopt.kernels.tolerance import same
 from tests.models import llama, tokens
 
 WIDTH = 64
@@ -222,3 +223,45 @@ def test_the_head_of_a_model_whose_head_is_trained() -> None:
     opt = fxopt.optimize(llama(2), "lora(rank=2, modules_to_save=[lm_head]) | quantize(nf4)", inputs=tokens(), check=False)
     assert "lm_head.modules_to_save.default is the output head, and trained" in opt.report
     assert not [n for n in dense(opt) if "_proj" in n]
+
+
+# -- products in other forms -----------------------------------------------------------------------------------------------
+
+
+class Between(nn.Module):
+    """A weight multiplied in some form, between two linears."""
+
+    def __init__(self, form: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.form, self.first, self.second = form, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 8)
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.form(self.first(x), self.weight)))
+
+
+@pytest.mark.parametrize("equation", ["bsi,io->bso", "bsi,oi->bso", "...i,oi->...o", "ka,xyk->xya"])
+def test_an_einsum_that_is_a_linear(equation: str) -> None:
+    turned = equation.startswith("ka")
+    model = Between(lambda x, w: torch.einsum(equation, *((w, x) if turned else (x, w))))
+    opt = fxopt.optimize(model, "lora(rank=2) | quantize(int8)", inputs=(torch.randn(2, 3, WIDTH),))
+    assert model.lora_A["default"].shape == (2, WIDTH) and "weight is multiplied" not in opt.report
+    nn.init.normal_(model.lora_B["default"])
+    x = torch.randn(3, 2, WIDTH)
+    assert same(opt(x), model(x)) and "weight" not in dict(opt.named_parameters())
+
+
+@pytest.mark.parametrize("form", [
+    lambda x, w: torch.einsum("bsi,ihd->bshd", x, w.view(WIDTH, 8, 8)).flatten(2),
+    lambda x, w: torch.einsum("sbi,ib->sb", x.transpose(1, 2) @ x, w)[:, None, :],  # the weight has a letter of the batch
+    lambda x, w: torch.tensordot(x, w, dims=([-1], [0])),
+    lambda x, w: torch.bmm(x, w.expand(x.shape[0], WIDTH, WIDTH)),
+    lambda x, w: F.linear(x, w[:32]).repeat(1, 1, 2),
+    lambda x, w: F.linear(x, w / w.norm(dim=1, keepdim=True)),
+    lambda x, w: torch.inner(x, w)])
+def test_a_product_in_another_form_is_named(form: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    model, x = Between(form), torch.randn(2, 3, WIDTH)
+    opt = fxopt.optimize(model, "lora(rank=2) | quantize(int8)", inputs=(x,))
+    for name in ("lora", "quantize"):
+        assert f"missed {name}: weight is multiplied by" in opt.report
+    assert "weight is multiplied" not in fxopt.optimize(Between(form), "lora(rank=2, targets=[first])", inputs=(x,)).report

@@ -138,3 +138,50 @@ def test_a_weight_that_is_its_own_bias_is_left() -> None:
 
     with pytest.raises(PassError, match="also read by"):
         fxopt.optimize(Own(), "lora(rank=2, targets=[raw])", inputs=(torch.randn(3, 4),))
+
+
+class TwoWays(nn.Module):
+    """A tied autoencoder: one weight, read as W and as its transpose."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.encoder, self.out = nn.Linear(6, width, bias=False), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.out(torch.tanh(self.encoder(x)) @ self.encoder.weight))
+
+
+@pytest.mark.parametrize("width", [6, 4])
+def test_a_weight_that_is_read_both_ways_is_left_or_refused(width: int) -> None:
+    """One A and B put in both would be B A in one use and its transpose in the other, no adapted weight (of a square one, silently)."""
+    model, x = nn.Sequential(TwoWays(width), nn.Linear(6, 3)), torch.randn(5, 6)
+    with pytest.raises(PassError, match=r"0.encoder.weight is read as W by linear and as its transpose by matmul"):
+        fxopt.optimize(model, "lora(rank=2, targets=[encoder])", inputs=(x,))
+    opt = fxopt.optimize(model, "lora(rank=2)", inputs=(x,))
+    assert adapted(opt) == {"0.out"} and "0.encoder.weight is read as W by linear and as its transpose by matmul" in opt.report
+    with torch.no_grad():
+        model[0].out.lora_B["default"].fill_(0.3)
+    assert same(opt(x), model(x)) and same(opt.merge()(x), opt(x))
+
+
+def test_a_call_that_reads_an_adapted_weight_both_ways_is_refused() -> None:
+    class Sometimes(TwoWays):
+        def forward(self, x: torch.Tensor, back: bool = False) -> torch.Tensor:
+            return super().forward(x) if back else self.out(torch.tanh(self.encoder(x)))
+
+    opt = fxopt.optimize(Sometimes(6), "lora(rank=2, targets=[encoder])", inputs=(torch.randn(5, 6),))
+    with pytest.raises(PassError, match="read as W by"):
+        opt(torch.randn(5, 6), back=True)
+
+
+def test_a_stack_that_is_read_both_ways_is_refused() -> None:
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.Parameter(torch.randn(2, 4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.bmm(torch.tanh(torch.bmm(x, self.experts)), self.experts.transpose(1, 2))
+
+    with pytest.raises(PassError, match="experts is read as W by bmm and as its transpose by bmm_1"):
+        fxopt.optimize(Stack(), "lora(rank=2, targets=[experts])", inputs=(torch.randn(2, 3, 4),))

@@ -1,4 +1,4 @@
-"""Linear-like nodes, found by dataflow: a product of an activation with one parameter, however it is written."""
+"""Linear-like nodes, found by dataflow: a product of an activation with one parameter, in the forms that `_product` names."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from fxopt.ir.edit import Edit
 aten = torch.ops.aten
 
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default, aten.type_as.default)
+_PRODUCTS = {aten.linear.default: (0, 1), aten.addmm.default: (1, 2), aten.addmv.default: (1, 2), aten.baddbmm.default: (1, 2),
+             **dict.fromkeys((aten.mm.default, aten.matmul.default, aten.bmm.default, aten.mv.default, aten.inner.default, aten.tensordot.default), (0, 1))}
 _ASSERT = aten._assert_tensor_metadata.default
 
 
@@ -62,12 +64,15 @@ def _product(node: fx.Node) -> Linear | None:
     if node.op != "call_function":
         return None
     bias: Any = None
+    turned = False
     if node.target is aten.linear.default:
         x, weight, bias = (*node.args, None)[:3]
     elif node.target is aten.addmm.default and not node.kwargs:
         bias, x, weight = node.args
     elif node.target in (aten.matmul.default, aten.mm.default):
         x, weight = node.args
+    elif node.target is aten.einsum.default and (found := _contraction(node)) is not None:
+        x, weight, turned = found
     else:
         return None
     source, chain = _source(weight)
@@ -78,8 +83,25 @@ def _product(node: fx.Node) -> Linear | None:
         return None
     if bias is not None and (not isinstance(bias, fx.Node) or meta.tensor(bias) is None or meta.tensor(bias).dim() != 1):
         return None
-    swaps = sum(map(_swaps, chain)) + (node.target is aten.linear.default)
+    swaps = sum(map(_swaps, chain)) + (node.target is aten.linear.default or turned)
     return Linear(node, x, source, bias, swaps % 2 == 0, chain)
+
+
+def _contraction(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
+    """(x, weight, whether the weight is [out, in]) of an einsum that is a linear: "...i,io->...o" or "...i,oi->...o", in any letters."""
+    equation, operands = node.args[0].replace(" ", ""), node.args[1]
+    terms, arrow, out = equation.partition("->")
+    if not arrow or len(operands) != 2 or terms.count(",") != 1:
+        return None
+    pairs = list(zip(terms.split(","), operands))
+    for (letters, x), (sides, weight) in (pairs, pairs[::-1]):
+        kept, inner, plain = letters[:-1], letters[-1:], letters.replace("...", "")
+        if _source(weight)[0] is None or len(sides) != 2 or len(set(sides)) != 2 or inner not in sides or len(set(plain)) != len(plain):
+            continue
+        other = sides.replace(inner, "")
+        if other.isalpha() and inner.isalpha() and other not in letters and out == kept + other and meta.value(weight).shape[sides.index(inner)] == meta.value(x).shape[-1]:
+            return x, weight, sides[1] == inner
+    return None
 
 
 def _source(operand: Any) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
@@ -152,6 +174,31 @@ def near(nodes: Iterable[fx.Node], parameters: Collection[str]) -> Iterable[tupl
             for source in {_source(arg)[0] for arg in node.args}:
                 if source is not None and source.target in parameters and meta.tensor(source) is not None and meta.tensor(source).dim() == 2:
                     yield str(source.target), node, "is read in an autocast region inside another one that casts otherwise, which passes do not see into"
+
+
+def unread(nodes: Iterable[fx.Node], parameters: Collection[str]) -> Iterable[tuple[str, fx.Node, str]]:
+    """(parameter, node, reason) of each product with what is computed of a matrix among the parameters (and of no input), if it is no linear."""
+    made: dict[fx.Node, dict[str, fx.Node]] = {}  # of each tensor that no input reaches, the matrices that it is computed of
+    for node in nodes:
+        value = meta.tensor(node)
+        if node.op == "get_attr":
+            wide = node.target in parameters and value is not None and value.dim() >= 2 and value.is_floating_point()
+            made[node] = {str(node.target): node} if wide else {}
+        if node.op != "call_function":
+            continue
+        behind = [each for each in node.all_input_nodes if meta.tensors(each)]
+        if behind and all(each in made for each in behind):
+            made[node] = {name: source for each in behind for name, source in made[each].items()}
+        if node.target is aten.einsum.default:
+            operands = node.args[1]
+        elif node.target in _PRODUCTS:
+            operands = [node.args[place] for place in _PRODUCTS[node.target] if place < len(node.args)]
+        else:
+            continue
+        if _product(node) is None:
+            for operand, name in dict.fromkeys((each, name) for each in operands for name in made.get(each, ())):
+                through = "" if operand.op == "get_attr" else f" through {operand.name}"
+                yield name, node, f"is multiplied by {node.name}{through}, which is not read as a linear"
 
 
 def without_asserts(edit: Edit) -> None:

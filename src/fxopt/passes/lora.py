@@ -88,7 +88,7 @@ class Lora(Pass):
         linears.without_asserts(edit)
         saved = self._saved(edit, parameters)
         found = [site for site in adapters.find(edit.nodes, parameters) if site.name not in saved]
-        kinds = self._choose(edit, found)
+        kinds = self._choose(edit, found, parameters - saved)
         for site in found:
             if site.name in kinds:
                 adapters.rewrite(edit, site, self._config(edit, site.name, kinds[site.name]))
@@ -143,7 +143,7 @@ class Lora(Pass):
 
     # -- targets -------------------------------------------------------------------------------------------------------
 
-    def _choose(self, edit: Edit, found: list[adapters.Site]) -> dict[str, str]:
+    def _choose(self, edit: Edit, found: list[adapters.Site], parameters: set[str]) -> dict[str, str]:
         """The weights that get an adapter, and its kind (see `LowRank`)."""
         sites: dict[str, list[adapters.Site]] = {}
         for site in found:
@@ -155,7 +155,7 @@ class Lora(Pass):
         for target in (*self.rank_pattern, *self.alpha_pattern):
             if not any(_names(edit, name, target) for name in sites):
                 raise _nothing(target, [(name, "") for name in sites], "a pattern names")
-        return self._all_linear(edit, sites, shared) if self.targets == "all-linear" else self._named(edit, sites, shared)
+        return self._all_linear(edit, sites, shared, parameters) if self.targets == "all-linear" else self._named(edit, sites, shared)
 
     def _again(self, edit: Edit, known: Mapping[str, str], sites: Mapping[str, list[adapters.Site]]) -> dict[str, str]:
         """Another kind of call of an adapted model: the same adapters."""
@@ -164,9 +164,13 @@ class Lora(Pass):
             if readers:
                 raise PassError(f"lora: this kind of call reads {name} by {readers[0].name}, where its adapter cannot be put in",
                                 where=str(meta.provenance(readers[0])), do="call `opt.model`, the original code on the adapted weights, for such calls")
+            turned = adapters.both_ways(sites.get(name, [])) if kind != "embedding" else None
+            if turned is not None:
+                raise PassError(f"lora: {name}, which has an adapter, {_both(sites[name], turned)} in this kind of call",
+                                where=str(meta.provenance(turned)), do="call `opt.model`, the original code on the adapted weights, for such calls")
         return {name: known[name] for name in sites if name in known}
 
-    def _all_linear(self, edit: Edit, sites: Mapping[str, list[adapters.Site]], shared: Mapping[str, list[fx.Node]]) -> dict[str, str]:
+    def _all_linear(self, edit: Edit, sites: Mapping[str, list[adapters.Site]], shared: Mapping[str, list[fx.Node]], parameters: set[str]) -> dict[str, str]:
         heads = linears.heads(edit, linears.by_weight(edit.nodes))
         chosen = {}
         for name, mine in sites.items():
@@ -179,11 +183,15 @@ class Lora(Pass):
                 edit.missed("lora", first, f"{name} is also read by {other.name}")
             elif aliases:
                 edit.missed("lora", first, f"{name} is tied to {aliases[0]}")
+            elif (turned := adapters.both_ways(mine)) is not None:
+                edit.missed("lora", first, f"{name} {_both(mine, turned)}")
             elif name in heads:
                 edit.missed("lora", first, f"{name} is the output head, which all-linear leaves out: {heads[name]}")
             else:
                 chosen[name] = "linear"
         for name, node, reason in linears.near(edit.nodes, {name for name, slot in edit.slots.items() if slot.kind == "parameter"}):
+            edit.missed("lora", node, f"{name} {reason}")
+        for name, node, reason in linears.unread(edit.nodes, parameters):
             edit.missed("lora", node, f"{name} {reason}")
         return chosen
 
@@ -202,12 +210,19 @@ class Lora(Pass):
                 if kind is None:
                     raise PassError(f"lora: {name} is read by {' and '.join(sorted({site.node.name for site in sites[name]}))}, which one adapter cannot serve",
                                     where=where, do="leave it out of targets")
+                if (turned := adapters.both_ways(sites[name])) is not None:
+                    raise PassError(f"lora: {name} {_both(sites[name], turned)}", where=where, do="leave it out of targets, or give each use a weight of its own")
                 unnamed = [k for k in _known(edit, name) if not any(matches(k, t) for t in self.targets)]
                 if unnamed:
                     raise PassError(f"lora: {name} is tied to {next(k for k in _known(edit, name) if k != name)}: an adapter changes both uses", where=where,
                                     do=f"name {unnamed[0]} in targets too, and both share one adapter; or leave it out, or untie the two")
                 chosen[name] = kind
         return chosen
+
+
+def _both(sites: Sequence[adapters.Site], turned: fx.Node) -> str:
+    """Why a weight that is read both ways takes no adapter, in words."""
+    return f"is read as W by {sites[0].node.name} and as its transpose by {turned.name}: one A and B cannot be put in both"
 
 
 def _known(edit: Edit, name: str) -> tuple[str, ...]:

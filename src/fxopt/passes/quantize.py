@@ -151,7 +151,7 @@ class _Reads:
         dtypes: for each weight, those that its products are computed in.
         chains: the casts and transposes between weights and products.
         products: for each weight, also those that cannot be quantized, all products with it.
-        near: (weight, node, reason) of products that are no linears.
+        near: (weight, node, reason) of products that are not read as linears.
     """
 
     uses: dict[str, list[fx.Node]] = field(default_factory=dict)
@@ -182,7 +182,7 @@ class _Reads:
 
 def _reads(edit: Edit) -> _Reads:
     parameters = {name for name, slot in edit.slots.items() if slot.kind == "parameter" and slot.made is None}
-    reads = _Reads(products=linears.by_weight(edit.nodes), near=list(linears.near(edit.nodes, parameters)))
+    reads = _Reads(products=linears.by_weight(edit.nodes), near=[*linears.near(edit.nodes, parameters), *linears.unread(edit.nodes, parameters)])
     for linear in linears.find(edit.nodes, parameters):
         reads.add(linear.name, linear.node, meta.tensor(linear.node).dtype, linear.chain)
     for node in edit.nodes:

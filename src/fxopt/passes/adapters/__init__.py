@@ -10,7 +10,7 @@ from fxopt.ir.edit import Edit
 from fxopt.passes.adapters import convolution, embedding, experts, linear
 from fxopt.passes.adapters.site import Config, Kind, Site, adapter_slot
 
-__all__ = ["Config", "KINDS", "Site", "adapter_slot", "find", "kind_of", "others", "rewrite"]
+__all__ = ["Config", "KINDS", "Site", "adapter_slot", "both_ways", "find", "kind_of", "others", "rewrite"]
 
 KINDS = tuple(Kind(name, module.find, module.rewrite) for name, module in
               (("linear", linear), ("embedding", embedding), ("conv", convolution), ("experts", experts)))
@@ -37,6 +37,17 @@ def kind_of(sites: Iterable[Site]) -> str | None:
     if kinds == {"embedding", "linear"}:  # a head that is its embedding's table
         return "embedding"
     return kinds.pop() if len(kinds) == 1 else None
+
+
+def both_ways(sites: Iterable[Site]) -> fx.Node | None:
+    """The first reader that takes the weight the other way round than the first one, W and W^T, if there is one.
+
+    B A has the orientation of one of them. An embedding's adapter is not affected: it has the orientation of the table.
+    """
+    sites = list(sites)
+    if kind_of(sites) not in ("linear", "experts"):
+        return None
+    return next((site.node for site in sites if site.transposed != sites[0].transposed), None)
 
 
 def others(edit: Edit, name: str, sites: Iterable[Site]) -> list[fx.Node]:

@@ -72,7 +72,7 @@ def read(node: fx.Node, parameters: Set[str]) -> Product | None:
 def find(node: fx.Node, parameters: Set[str]) -> Site | None:
     """The product with a stack of matrices that a node is, if the stack is one of the parameters."""
     found = read(node, parameters)
-    return None if found is None else Site(node, found.name, "experts", found.chain)
+    return None if found is None else Site(node, found.name, "experts", found.chain, found.transposed)
 
 
 def rewrite(edit: Edit, site: Site, config: Config) -> None:

@@ -24,7 +24,7 @@ def find(node: fx.Node, parameters: Set[str]) -> Site | None:
     linear = linears.read(node)
     if linear is None or linear.name not in parameters:
         return None
-    return Site(node, linear.name, "linear", linear.chain)
+    return Site(node, linear.name, "linear", linear.chain, linear.transposed)
 
 
 def rewrite(edit: Edit, site: Site, config: Config) -> None:

@@ -29,12 +29,14 @@ class Site:
     Attributes:
         node: the node whose value the adapter changes. name: slot of the weight. kind: what the node is.
         chain: the nodes between the parameter's `get_attr` and the node (transposes, the choice of an expert).
+        transposed: the node reads the weight, or each matrix of the stack, as [in, out].
     """
 
     node: fx.Node
     name: str
     kind: str
     chain: tuple[fx.Node, ...] = ()
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
