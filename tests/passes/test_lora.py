@@ -174,6 +174,18 @@ def test_a_call_that_reads_an_adapted_weight_both_ways_is_refused() -> None:
         opt(torch.randn(5, 6), back=True)
 
 
+def test_a_call_that_reads_an_adapted_weight_the_other_way_round_is_refused() -> None:
+    class OneWay(TwoWays):
+        def forward(self, x: torch.Tensor, back: bool = False) -> torch.Tensor:
+            return x @ self.encoder.weight if back else self.encoder(x)
+
+    for first in (False, True):
+        opt = fxopt.optimize(OneWay(6), "lora(rank=2, targets=[encoder])", inputs={"x": torch.randn(5, 6), "back": first})
+        with pytest.raises(PassError, match="reads encoder.weight transposed to how"):
+            opt(torch.randn(5, 6), back=not first)
+        opt(torch.randn(7, 6), back=first)
+
+
 def test_a_stack_that_is_read_both_ways_is_refused() -> None:
     class Stack(nn.Module):
         def __init__(self) -> None:

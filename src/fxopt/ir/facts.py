@@ -17,11 +17,13 @@ class Installed:
         names: of all its parameters and buffers.
         formats: of the weights that it stores quantized, by slot.
         adapters: for each adapter's name, the weights that it adapts, each with its kind (see `LowRank`; "whole": `Trained`).
+        transposed: (adapter, weight) of those whose factors are made for a weight that is read as [in, out].
     """
 
     names: frozenset[str] = frozenset()
     formats: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), hash=False)
     adapters: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: MappingProxyType({}), hash=False)
+    transposed: frozenset[tuple[str, str]] = frozenset()
 
 
 @dataclass(frozen=True)

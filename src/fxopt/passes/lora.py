@@ -168,6 +168,11 @@ class Lora(Pass):
             if turned is not None:
                 raise PassError(f"lora: {name}, which has an adapter, {_both(sites[name], turned)} in this kind of call",
                                 where=str(meta.provenance(turned)), do="call `opt.model`, the original code on the adapted weights, for such calls")
+            other = next((site for site in sites.get(name, []) if kind in ("linear", "experts") and site.kind == kind
+                          and site.transposed != ((self.adapter, name) in edit.installed.transposed)), None)
+            if other is not None:
+                raise PassError(f"lora: {other.node.name} reads {name} transposed to how the call that made its adapter read it: its A and B cannot be put in here",
+                                where=str(meta.provenance(other.node)), do="call `opt.model`, the original code on the adapted weights, for such calls")
         return {name: known[name] for name in sites if name in known}
 
     def _all_linear(self, edit: Edit, sites: Mapping[str, list[adapters.Site]], shared: Mapping[str, list[fx.Node]], parameters: set[str]) -> dict[str, str]:

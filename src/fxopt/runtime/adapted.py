@@ -202,10 +202,13 @@ def installed(model: nn.Module) -> Installed | None:
         return None
     names = frozenset(name for name, _ in (*model.named_parameters(), *model.named_buffers()))
     adapters: dict[str, dict[str, str]] = {}
+    transposed = set()
     for *_, weight in found:
         for name, fact in weight.adapters.items():
             adapters.setdefault(name, {})[weight.name] = "whole" if isinstance(fact, Trained) else fact.kind
-    return Installed(names, {w.name: w.stored.format for *_, w in found if w.stored is not None}, adapters)
+            if isinstance(fact, LowRank) and fact.transposed:
+                transposed.add((name, weight.name))
+    return Installed(names, {w.name: w.stored.format for *_, w in found if w.stored is not None}, adapters, frozenset(transposed))
 
 
 def activate(model: nn.Module, adapter: str | None) -> None:
