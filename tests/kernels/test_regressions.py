@@ -279,7 +279,7 @@ def test_a_frozen_head_costs_no_weight_gradient():
         _, count, _, _, _, d_hidden, _, _ = loss_forward(*args)
     assert counter.get_total_flops() == 2 * (2 * 32 * 24 * 20)
     with FlopCounterMode(display=False) as counter:
-        loss_backward(torch.ones(()), count, d_hidden, *(None,) * 6, *args[4:12], [True, False, False])
+        loss_backward(torch.ones(()), count, d_hidden, *(None,) * 5, args[3], *args[4:12], [True, False, False])
     assert counter.get_total_flops() == 0
 
 
