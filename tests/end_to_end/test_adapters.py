@@ -256,7 +256,7 @@ def test_a_computed_weight_is_an_ordinary_tensor_otherwise() -> None:
 
 # -- random programs and options -----------------------------------------------------------------------------------------------
 
-QUICK = settings(max_examples=12, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
+QUICK = settings(max_examples=8, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
 LONG = settings(QUICK, max_examples=200, phases=list(Phase))
 
 

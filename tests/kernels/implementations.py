@@ -43,7 +43,7 @@ class Implementation:
 
 
 # The interpreter takes a second for a handful of cases: all of them on every op take half of the CI's time. `pytest -m slow` runs all.
-INTERPRETED = 0.4
+INTERPRETED = 0.25
 
 
 def _to_gpu(tensor: torch.Tensor) -> torch.Tensor:
