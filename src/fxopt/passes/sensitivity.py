@@ -22,7 +22,7 @@ from fxopt.passes.promises import written
 # What a plan chooses from. The GGUF formats are read from files only.
 CANDIDATES = tuple(name for name in ("nf4_nested", "nf4", "fp8", "int8") if name in FORMATS)
 # Rows of a linear's input that errors are measured on, drawn at random: evenly spaced ones can all be first tokens of sequences, whose
-# activations are far from all others'. Of SmolLM2-135M, 128 rows lead to plans as good as 1,024, but to estimates twice too large.
+# activations are far from all others'. In docs/mixed-bits.md's measurement 128 rows lead to plans as good as 1,024, but to estimates twice too large.
 ROWS = 1024
 
 Errors = Mapping[str, Mapping[str, float]]
