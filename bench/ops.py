@@ -130,7 +130,7 @@ def in_region(row: Row, device: torch.device) -> Callable[[], Step]:
     (region,) = cut(program, ()).regions
     inputs = [[node.name for node in program.placeholders].index(name) for name in region.inputs]
     mask = tuple(tensors[place].requires_grad for place in inputs)
-    plan = RegionRunner(region, program.fake_mode, save_all).compile(mask, None).split
+    plan = RegionRunner(region, program.fake_mode).compile(mask, None, save_all).split
 
     def step() -> Step:
         seconds: list[float] = []

@@ -17,11 +17,10 @@ from fxopt.errors import CallError, CaptureError
 from fxopt.ir import regions
 from fxopt.ir.capture import Call, capture, guards
 from fxopt.ir.edit import mutates
-from fxopt.ir.partition import min_cut, save_all
 from fxopt.ir.program import Assumption, Program, Sample, ShapeGuards
 from fxopt.passes import pipeline as pipelines
 from fxopt.passes.pipeline import Pipeline
-from fxopt.runtime import adapted, selfcheck
+from fxopt.runtime import adapted, saving, selfcheck
 from fxopt.runtime.install import install
 from fxopt.runtime.binding import Binding, live_state
 from fxopt.runtime.recompute import recomputed
@@ -191,8 +190,7 @@ class Dispatcher:
         return found
 
     def _bind(self, lowered: Lowered) -> Binding:
-        policy = min_cut if "remat" in lowered.program.facts else save_all
-        return Binding(self.model, lowered.program, lowered.schedule, policy, self.runners)
+        return Binding(self.model, lowered.program, lowered.schedule, saving.of(lowered.program), self.runners)
 
     # -- capturing -------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """Split a joint graph into forward and backward, choosing which values are saved in between.
 
-`save_all` saves what eager autograd would. `min_cut` saves as few bytes as possible under two bans: no matrix product,
-convolution, attention or other heavy operation is recomputed, and no random operation is run a second time (torch's own
-budgeted partitioner does that, with fresh randomness: pytorch#190758). Everything pointwise may be recomputed.
+`save_all` saves what eager autograd would. `MinCut` saves as few bytes as possible under two bans: no matrix product,
+convolution, attention or other heavy operation is recomputed but those it names, and no random operation is run a second time
+(torch's own budgeted partitioner does that, with fresh randomness: pytorch#190758). Everything pointwise may be recomputed.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Split:
 
 
 Policy = Callable[[Joint, "Classes"], list[fx.Node]]
+"""Chooses the values to save. Policies are compared and hashed: regions are split once for each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +109,8 @@ def split(joint: Joint, policy: Policy) -> Split:
     twice = [n for n in (*classes.forward, *shortcuts) if n.op == "call_function" and n.name in names and n not in saved]
     recomputed = tuple(n.name for n in twice)
     delay(backward, set(recomputed))
-    again = [n.name for n in twice if random(n) or (heavy(n) and not checkpointed(n, classes))]
+    allowed = getattr(policy, "allowed", frozenset())
+    again = [n.name for n in twice if random(n) or (heavy(n) and n.name not in allowed and not checkpointed(n, classes))]
     if again:
         raise LowerError(f"the backward would run {again[0]} a second time", do="this is a defect of the partitioner: report it")
     return Split(_module(joint, forward), _module(joint, backward), len(outputs), tuple(n.name for n in saved),
@@ -225,10 +227,27 @@ def heavy(node: fx.Node) -> bool:
     return bool(meta.tensors(node))
 
 
-def min_cut(joint: Joint, classes: Classes) -> list[fx.Node]:
-    """The cheapest set of saved bytes from which the backward can be computed without heavy or random recomputation.
+@dataclass(frozen=True)
+class MinCut:
+    """The policy that saves the fewest bytes from which the backward can be computed without random recomputation, and
+    without heavy recomputation but of the nodes it names.
 
-    A minimum cut (Chen et al. 2016 posed the trade-off; the cut formulation follows AOTAutograd's documentation):
+    Attributes:
+        allowed: names of heavy nodes of the joint graph that may be computed again.
+    """
+
+    allowed: frozenset[str] = frozenset()
+
+    def __call__(self, joint: Joint, classes: Classes) -> list[fx.Node]:
+        """The values to save, in the order of the graph."""
+        return _cut(joint, classes, self.allowed)
+
+
+min_cut = MinCut()
+
+
+def _cut(joint: Joint, classes: Classes, allowed: frozenset[str]) -> list[fx.Node]:
+    """A minimum cut (Chen et al. 2016 posed the trade-off; the cut formulation follows AOTAutograd's documentation):
     every value is an edge of its size in bytes; values that may not be recomputed hang on the source; what the backward
     reads hangs on the sink.
     """
@@ -257,7 +276,7 @@ def min_cut(joint: Joint, classes: Classes) -> list[fx.Node]:
     for node in candidates:
         sized[node] = weight(node)
         graph.add_edge((node, "in"), (node, "out"), capacity=sized[node])
-        fixed = node.op == "placeholder" or random(node) or (heavy(node) and not checkpointed(node, classes))
+        fixed = node.op == "placeholder" or random(node) or (heavy(node) and node.name not in allowed and not checkpointed(node, classes))
         if fixed:
             if isinstance(meta.value(node), (tuple, list)):
                 for user in node.users:

@@ -19,6 +19,7 @@ from fxopt.ir.program import Program
 from fxopt.ir.regions import Region, Schedule, is_ref
 from fxopt.runtime.lazy import LazyOutput
 from fxopt.runtime.region import RegionRunner
+from fxopt.runtime.saving import Saving
 
 _pending = threading.local()
 
@@ -80,11 +81,12 @@ class Binding:
     Args:
         model: the original module; parameters are read from it at call time, so that `load_state_dict(assign=True)`,
             `.to()` and sharding wrappers are seen.
+        saving: what each region saves for its backward.
         runners: shared by region key over all programs of one model.
     """
 
-    def __init__(self, model: nn.Module, program: Program, schedule: Schedule, policy: Policy, runners: dict[Any, RegionRunner]) -> None:
-        self.model, self.program, self.schedule = model, program, schedule
+    def __init__(self, model: nn.Module, program: Program, schedule: Schedule, saving: Saving, runners: dict[Any, RegionRunner]) -> None:
+        self.model, self.program, self.schedule, self.saving = model, program, schedule, saving
         self.inputs = [node.name for node in program.placeholders]
         self.steps: list[tuple[Region, RegionRunner, nn.Module | None, list[Any]]] = []
         loss = any(self._scalar_float(o) for o in program.outputs)
@@ -93,10 +95,10 @@ class Binding:
             quiet = []
             if loss:
                 quiet = [i for i, name in enumerate(region.outputs) if name not in later and not self._scalar(program, name)]
-            key = region.key, id(policy), tuple(quiet)
+            key = region.key, tuple(quiet)
             runner = runners.get(key)
             if runner is None:
-                runner = runners[key] = RegionRunner(region, program.fake_mode, policy, quiet)
+                runner = runners[key] = RegionRunner(region, program.fake_mode, quiet)
             block = model.get_submodule(region.path) if region.path is not None else None
             if block is not None and not is_bound(block):
                 if "forward" in block.__dict__:
@@ -175,11 +177,12 @@ class Binding:
     def __call__(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
         """Flat outputs for the flat tensor inputs."""
         env: dict[str, Any] = dict(zip(self.inputs, tensors))
-        for (region, runner, block, cells), dead in zip(self.steps, self.dead_after):
+        policies = self.saving.policies(self, tensors)
+        for (region, runner, block, cells), dead, policy in zip(self.steps, self.dead_after, policies):
             values = [env[name] for name in region.inputs]
 
-            def run(given: Sequence[Any], runner: RegionRunner = runner, cells: list[Any] = cells) -> tuple[Any, ...]:
-                return runner([*given, *(store[leaf] for store, leaf in cells)])
+            def run(given: Sequence[Any], runner: RegionRunner = runner, cells: list[Any] = cells, policy: Policy = policy) -> tuple[Any, ...]:
+                return runner([*given, *(store[leaf] for store, leaf in cells)], policy)
 
             for name in dead:
                 env.pop(name, None)

@@ -39,10 +39,11 @@ class RegionRunner:
             logged, and from then on they are part of the plan.
     """
 
-    def __init__(self, region: Region, fake_mode: Any, policy: Policy, quiet: Sequence[int] = ()) -> None:
-        self.region, self.fake_mode, self.policy = region, fake_mode, policy
+    def __init__(self, region: Region, fake_mode: Any, quiet: Sequence[int] = ()) -> None:
+        self.region, self.fake_mode = region, fake_mode
         random = any(effectful(n) for n in region.graph.nodes if n.op == "call_function")
         self.quiet: frozenset[int] = frozenset() if random else frozenset(quiet)
+        self.joints: dict[Any, tuple[joints.Joint, tuple[bool, ...]]] = {}
         self.compiled: dict[Any, Compiled] = {}
         self.influences = influences(region)
         self.inference = fx.GraphModule(dict(region.modules), region.graph)
@@ -50,26 +51,34 @@ class RegionRunner:
     def __deepcopy__(self, memo: dict[int, Any]) -> RegionRunner:
         return self
 
-    def compile(self, requires_grad: tuple[bool, ...], autocast: torch.dtype | None) -> Compiled:
-        """The graphs for arguments of which these require a gradient, traced under the caller's autocast state."""
+    def joint(self, requires_grad: tuple[bool, ...], autocast: torch.dtype | None = None) -> tuple[joints.Joint, tuple[bool, ...]]:
+        """The joint graph for arguments of which these require a gradient, traced under the caller's autocast state, and for each
+        output of the region whether it requires one."""
         key = requires_grad, self.quiet, autocast
-        found = self.compiled.get(key)
-        if found is None:
+        if key not in self.joints:
             only = [i for i in range(len(self.region.outputs)) if i not in self.quiet] if self.quiet else None
             traced = joints.trace(self.region, requires_grad, self.fake_mode, only=only)
             possible = differentiable_outputs(self.region, requires_grad)
-            differentiable = tuple(d or (i in self.quiet and possible[i]) for i, d in enumerate(traced.differentiable))
-            found = self.compiled[key] = Compiled(split(traced, self.policy), differentiable)
+            self.joints[key] = traced, tuple(d or (i in self.quiet and possible[i]) for i, d in enumerate(traced.differentiable))
+        return self.joints[key]
+
+    def compile(self, requires_grad: tuple[bool, ...], autocast: torch.dtype | None, policy: Policy) -> Compiled:
+        """The graphs for arguments of which these require a gradient, with the saved values that the policy chooses."""
+        key = requires_grad, self.quiet, autocast, policy
+        found = self.compiled.get(key)
+        if found is None:
+            traced, differentiable = self.joint(requires_grad, autocast)
+            found = self.compiled[key] = Compiled(split(traced, policy), differentiable)
         return found
 
-    def __call__(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        """The region's outputs. `args` are its inputs and state, in order."""
+    def __call__(self, args: Sequence[Any], policy: Policy) -> tuple[Any, ...]:
+        """The region's outputs. `args` are its inputs and state, in order; `policy` chooses what is saved for the backward."""
         requires_grad = tuple(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
         if not torch.is_grad_enabled() or not any(requires_grad):
             return self._infer(args)
         device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        compiled = self.compile(requires_grad, autocast)
+        compiled = self.compile(requires_grad, autocast, policy)
         # a joint graph holds its casts: running it under autocast would cast again
         with torch.autocast(device, enabled=False) if autocast is not None else contextlib.nullcontext():
             out = _RegionFunction.apply(self, compiled, *args)
