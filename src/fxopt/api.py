@@ -24,6 +24,7 @@ from fxopt.passes.lora import Lora
 from fxopt.passes.pipeline import Pipeline, pipeline
 from fxopt.runtime import adapted, adapter_files
 from fxopt.runtime.merge import Merge, MergeReport
+from fxopt.runtime.plan import Plan, planned
 from fxopt.runtime.random_inputs import drawn
 
 Passes = str | Pass | Pipeline | Iterable[str | Pass | Pipeline]
@@ -173,6 +174,24 @@ class Optimized(nn.Module):
         lines += [f"check: {line}" for line in lowered.checks]
         lines += [f"note: {line}" for line in self.dispatcher.notes]
         return "\n".join(lines)
+
+    def plan(self, inputs: tuple[Any, ...] | Mapping[str, Any] | None = None, *, optimizer: str | None = None) -> Plan:
+        """What a training step on a call will take, and what each region does about it; `print` it. Nothing is run.
+
+        Args:
+            inputs: a call; None: the last one. Only sizes and dtypes are read, unless the call is of a kind that was not captured yet.
+            optimizer: whose state counts: "adamw", "adamw_8bit", "momentum", "sgd" or "none"; None: what the memory pass says, else
+                "adamw".
+
+        Raises:
+            CallError: the memory pass's budget cannot be kept; with the smallest that can.
+        """
+        if inputs is None and self.dispatcher.example is None:
+            raise FxoptError("the model was not called yet", do="give `inputs`")
+        call = self.dispatcher.example if inputs is None else _call_of(inputs)
+        lowered = self.dispatcher.find(call)
+        self.dispatcher.last = lowered
+        return planned(lowered.binding, call.tensors, optimizer)
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 

@@ -86,3 +86,23 @@ class Stored:
     format: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A fact: a training step should not need more memory than this.
+
+    Attributes:
+        bytes: weights, gradients, optimizer, activations and scratch together; None: as little as can be.
+        optimizer: whose state counts, a name that the runtime knows.
+    """
+
+    bytes: int | None
+    optimizer: str = "adamw"
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """A fact: the program has gradients in fp16; its loss is to be multiplied by about `scale` before the backward (runtime/scaler.py)."""
+
+    scale: float

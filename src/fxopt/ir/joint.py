@@ -7,6 +7,7 @@ carry descriptors (which input, which gradient, which mutated input), and tags e
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,17 @@ class Joint:
     outputs: tuple[Any, ...]
     gradients: tuple[fx.Node | None, ...]
     differentiable: tuple[bool, ...]
+
+    def copy(self) -> Joint:
+        """The same joint graph with nodes of its own, under the same names."""
+        graph, new = copy_graph(self.graph)
+
+        def of(value: Any) -> Any:
+            return new.get(value, value) if isinstance(value, fx.Node) else value
+
+        return dataclasses.replace(
+            self, graph=graph, primals=tuple(map(of, self.primals)), tangents=tuple((i, of(n)) for i, n in self.tangents),
+            mutated=tuple((i, of(n)) for i, n in self.mutated), outputs=tuple(map(of, self.outputs)), gradients=tuple(map(of, self.gradients)))
 
 
 def region_examples(region: Region, requires_grad: Sequence[bool], fake_mode: Any) -> list[Any]:

@@ -92,7 +92,8 @@ def classify(joint: Joint) -> Classes:
 
 
 def split(joint: Joint, policy: Policy) -> Split:
-    """Partition a joint graph; `policy` chooses the values to save."""
+    """Partition a joint graph, which stays as it is; `policy` chooses the values to save."""
+    joint = joint.copy()  # values may get a second way, see `take`
     classes = classify(joint)
     wanted = tuple(i for i, g in enumerate(joint.gradients) if g is not None)
     outputs = list(joint.outputs)
@@ -114,7 +115,7 @@ def split(joint: Joint, policy: Policy) -> Split:
     if again:
         raise LowerError(f"the backward would run {again[0]} a second time", do="this is a defect of the partitioner: report it")
     return Split(_module(joint, forward), _module(joint, backward), len(outputs), tuple(n.name for n in saved),
-                 sum(_bytes(n) for n in saved if n.op != "placeholder"), wanted, tuple(i for i, _ in joint.tangents),
+                 sum(value_bytes(n) for n in saved if n.op != "placeholder"), wanted, tuple(i for i, _ in joint.tangents),
                  tuple(i for i, _ in joint.mutated), recomputed)
 
 
@@ -123,7 +124,8 @@ def _module(joint: Joint, graph: fx.Graph) -> fx.GraphModule:
     return fx.GraphModule({name: value for name, value in joint.modules.items() if name in used}, graph)
 
 
-def _bytes(node: fx.Node) -> int:
+def value_bytes(node: fx.Node) -> int:
+    """Bytes of the tensors of a node's value, under the shapes of the capture."""
     total = 0
     for t in meta.tensors(node):
         size = t.element_size()
@@ -265,7 +267,7 @@ def _cut(joint: Joint, classes: Classes, allowed: frozenset[str]) -> list[fx.Nod
             return 1.0
         if node.op == "call_function" and checkpointed(node, classes):
             return infinite
-        return max(_bytes(node), 1) * (1.01 if is_view(node) else 1.0)
+        return max(value_bytes(node), 1) * (1.01 if is_view(node) else 1.0)
 
     # state, and inputs without a gradient (masks, rotary tables: shared by all blocks), are alive anyway
     alive = {p for i, (p, g) in enumerate(zip(joint.primals, joint.gradients)) if i >= joint.n_inputs or g is None}

@@ -294,11 +294,16 @@ class ShapeGuards:
             known = self.seen[shapes] = self._check(shapes)
         return known
 
-    def sizes(self, shape: Sequence[Any], shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
-        """The concrete value of a symbolic shape, for a call with inputs of these shapes."""
+    def bind(self, shapes: tuple[tuple[int, ...], ...]) -> dict[sympy.Symbol, int]:
+        """What the symbols of the input sizes stand for in a call with inputs of these shapes."""
         bound: dict[sympy.Symbol, int] = {}
         for wanted, got in zip(self.shapes, shapes):
             bound.update((expr, size) for expr, size in zip(wanted, got) if isinstance(expr, sympy.Symbol))
+        return bound
+
+    def sizes(self, shape: Sequence[Any], shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+        """The concrete value of a symbolic shape, for a call with inputs of these shapes."""
+        bound = self.bind(shapes)
         return tuple(int(sympy.sympify(_expr(size)).subs(bound)) for size in shape)
 
     def _check(self, shapes: tuple[tuple[int, ...], ...]) -> str:

@@ -9,6 +9,7 @@ from fxopt.passes.dead_code import DeadCode
 from fxopt.passes.fuse import Fuse
 from fxopt.passes.lora import Lora
 from fxopt.passes.loss import Loss
+from fxopt.passes.memory import Memory
 from fxopt.passes.quantize import Quantize
 from fxopt.passes.remat import Remat
 from fxopt.passes.siblings import Siblings
@@ -22,6 +23,7 @@ PASSES: tuple[type[Pass], ...] = (
     Fuse,
     Loss,
     Remat,
+    Memory,
     DeadCode,
 )
 

@@ -54,3 +54,35 @@ def _status(field: str) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
+
+
+class Allocations:
+    """Inside, the tensor memory that is allocated is counted: `peak` is the most that was in use above the beginning, in bytes.
+
+    On a CPU the allocator's events are recorded by torch's profiler, which slows small operations down; scratch memory that libraries
+    get elsewhere is not seen. On a CUDA device it is the allocator's own counter.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device if device is not None and device.type == "cuda" else None
+        self.peak = 0
+
+    def __enter__(self) -> Allocations:
+        if self.device is not None:
+            self._before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+            self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.device is not None:
+            self.peak = torch.cuda.max_memory_allocated(self.device) - self._before
+            return
+        self._profile.__exit__(*error)
+        events = [(e.start_ns(), e.nbytes()) for e in self._profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        now = 0
+        for _, size in sorted(events, key=lambda event: event[0]):
+            now += size
+            self.peak = max(self.peak, now)

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from fxopt.ir.facts import Budget
 from fxopt.ir.partition import Policy, min_cut, save_all
 from fxopt.ir.program import Program
+from fxopt.runtime.plan import Planned
 
 if TYPE_CHECKING:
     from fxopt.runtime.binding import Binding
@@ -34,4 +36,7 @@ class Always:
 
 def of(program: Program) -> Saving:
     """What the passes of a program asked for."""
+    budget = next((fact for fact in program.facts if isinstance(fact, Budget)), None)
+    if budget is not None:
+        return Planned(budget)
     return Always(min_cut if "remat" in program.facts else save_all)

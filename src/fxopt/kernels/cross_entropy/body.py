@@ -7,6 +7,7 @@ a row into it. Here forward reads the logits once; backward reads them again and
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fxopt.errors import CheckError
 from fxopt.kernels.blocks import as_rows
@@ -78,7 +79,10 @@ def forward(logits, target, ignore_index, reduction, label_smoothing, softcap, l
 
 
 def supervised(labels, ignore_index):
-    """Indices of the rows that are not ignored, or None where all are kept. Reads values."""
+    """Indices of the rows that are not ignored, or None where all are kept. Reads values; in a dry run, which has none, all rows are
+    kept, as indices (what takes most)."""
+    if isinstance(labels, FakeTensor):
+        return torch.arange(labels.numel(), device=labels.device)
     kept = labels != ignore_index
     return None if bool(kept.all()) else kept.nonzero().squeeze(1)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import TensorWeakRef
 
 
@@ -53,10 +54,12 @@ def runs(segments: torch.Tensor) -> Runs:
     """Reads the segments [rows, seq]; waits for the device once, twice where a segment comes back after another.
 
     What was read on a device is kept for the next call with the same tensor, unwritten: all layers of a step, forward and backward,
-    wait once. (A write through `.data`, which torch does not count, would not be seen.) Memory of the host may be numpy's too,
+    wait once. In a dry run, which has no values, all tokens of a row are one segment. (A write through `.data`, which torch does not count, would not be seen.) Memory of the host may be numpy's too,
     which writes to it uncounted (a loader's buffer); there reading costs little, and nothing is kept: measured with 2,048 tokens
     0.02 ms, with a sort 0.3 ms, where the attention takes 20 ms (9 heads of 64, 8 documents).
     """
+    if isinstance(segments, FakeTensor):
+        return Runs(None, ((0, segments.shape[1]),) * segments.shape[0])
     if _shared(segments) or segments.is_inference():
         return _read(segments)
     version = segments._version

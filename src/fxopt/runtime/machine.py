@@ -1,0 +1,81 @@
+"""How fast this machine is, measured: what predicted times are made from."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from fxopt.runtime.dry_run import Work
+
+PRODUCT = 512  # rows and columns of the matrix products that are timed, at least
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of a device with the present number of threads.
+
+    Attributes:
+        flops: floating point operations a second in matrix products, by dtype; "attention float32" in attention.
+        bytes: read and written a second by operations on tensors larger than the caches.
+        call: seconds that an operation costs beside.
+    """
+
+    flops: dict[str, float]
+    bytes: float
+    call: float
+
+    def seconds(self, work: Work) -> float:
+        """Time of some operations: products at their rate, others by the bytes that they move, and a cost of each call."""
+        plain = self.flops["float32"]
+        return sum(count / self.flops.get(kind, plain) for kind, count in work.flops.items()) + work.moved / self.bytes + work.calls * self.call
+
+
+def _best(run: Callable[[], object], seconds: float) -> float:
+    """The shortest time of one run, within about `seconds`."""
+    run()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+@functools.cache
+def measured(device: str = "cpu", threads: int | None = None, seconds: float = 0.6) -> Machine:
+    """Measure the machine once; `seconds` is about the time it takes in all.
+
+    Args:
+        device: "cpu" or "cuda". threads: the number of torch's threads that the numbers are for (None: whatever it is now).
+    """
+    del threads  # a key of the cache: other numbers hold for other numbers of threads
+    wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    each = seconds / 6
+
+    def timed(run: Callable[[], object]) -> float:
+        return _best(lambda: (run(), wait()), each)
+
+    flops: dict[str, float] = {}
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            a = torch.randn(PRODUCT, 1024, device=device).to(dtype)
+            b = torch.randn(1024, 1024, device=device).to(dtype)
+            flops[str(dtype).removeprefix("torch.")] = 2 * a.numel() * 1024 / timed(lambda a=a, b=b: a @ b.t())
+        q = torch.randn(1, 8, PRODUCT, 64, device=device)
+        name = "attention float32"
+        flops[name] = 4 * 8 * PRODUCT * PRODUCT * 64 * 0.5 / timed(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True))
+        x, y = torch.randn(1 << 23, device=device), torch.empty(1 << 23, device=device)
+        moved = 2 * x.numel() * x.element_size() / timed(lambda: torch.mul(x, 2.0, out=y))
+        small = torch.ones(8, device=device)
+        call = timed(lambda: small + small)
+    return Machine(flops, moved, call)
+
+
+def present(device: str = "cpu") -> Machine:
+    """The machine with its present number of threads; measured at the first call."""
+    return measured(device, torch.get_num_threads())

@@ -1,0 +1,145 @@
+"""A budget of bytes: kept as measured by the allocator, with the gradients of eager, or refused with the smallest that could be."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import fxopt
+from fxopt.errors import CallError
+from fxopt.ir.facts import Budget
+from fxopt.kernels.tolerance import same
+from fxopt.runtime.memory import Allocations
+from fxopt.runtime.plan import Plan, Planned
+from fxopt.runtime.solver import Option, smallest, solve
+from tests.models import MODELS, loss_of, llama, tokens
+
+PLAIN = "canonicalize | causal | fuse | loss"
+
+
+def planned(opt: fxopt.Optimized) -> Plan:
+    return opt.dispatcher.last.binding.saving.last
+
+
+def step(opt: torch.nn.Module, data: dict) -> dict[str, torch.Tensor]:
+    for parameter in opt.parameters():
+        parameter.grad = None
+    torch.manual_seed(0)
+    loss_of(opt(**data)).backward()
+    return {name: p.grad.clone() for name, p in opt.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_those_of_eager_at_every_budget(name: str) -> None:
+    """Dropout is on in these models: one seed must draw the same masks at every budget."""
+    make, data = MODELS[name]
+    opt = fxopt.optimize(make(), "canonicalize | memory(least)", check=False)
+    expected = step(fxopt.optimize(make(), "canonicalize", check=False), data())
+    found = step(opt, data())
+    assert found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
+    least = planned(opt).peak.total
+    for share in (1.02, 1.1):
+        opt.dispatcher.last.binding.saving = Planned(Budget(int(least * share)))
+        found = step(opt, data())
+        assert all(same(found[key], expected[key]) for key in expected), share
+        assert planned(opt).peak.total <= least * share
+
+
+def fxopt_of(make, data: dict, passes: str) -> fxopt.Optimized:
+    opt = fxopt.optimize(make(), passes, check=False)
+    step(opt, data)
+    return opt
+
+
+def measured(opt: fxopt.Optimized, data: dict) -> int:
+    """Bytes above what is there before the step; gradients are not there before it, as in the plan."""
+    step(opt, data)
+    step(opt, data)
+    for parameter in opt.parameters():
+        parameter.grad = None
+    with Allocations() as allocations:
+        loss_of(opt(**data)).backward()
+    return allocations.peak
+
+
+def test_the_predicted_peak_is_the_measured_one() -> None:
+    data = tokens(4, 64)
+    opt = fxopt_of(lambda: llama(layers=3, hidden_size=128, intermediate_size=256, max_position_embeddings=128), data, f"{PLAIN} | memory(least)")
+
+    def above(plan: Plan) -> int:
+        return plan.peak.total - sum(plan.peak.parts[part] for part in ("weights", "optimizer", "inputs"))
+
+    least = planned(opt).peak.total
+    for budget in (None, int(least * 1.1), 100 << 30):
+        opt.dispatcher.last.binding.saving = Planned(Budget(budget))
+        found, plan = measured(opt, data), planned(opt)
+        assert abs(found - above(plan)) <= 0.05 * found, (found, str(plan))
+        assert budget is None or found + plan.peak.total - above(plan) <= budget
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_with_the_least_that_can() -> None:
+    data = tokens(4, 32)
+    with pytest.raises(CallError, match="the least that it can be made to take") as refused:
+        step(fxopt.optimize(llama(), f"{PLAIN} | memory(100KiB)", check=False), data)
+    least = re.search(r"memory\((\d+MiB)\)", refused.value.do)[1]
+    step(fxopt.optimize(llama(), f"{PLAIN} | memory({least})", check=False), data)
+
+
+def test_no_product_is_computed_twice_while_the_budget_can_be_met_without() -> None:
+    opt = fxopt_of(llama, tokens(4, 32), f"{PLAIN} | memory(1GiB)")
+    assert not any(level.again for level in planned(opt).levels)
+    least = fxopt_of(llama, tokens(4, 32), f"{PLAIN} | memory(least)")
+    assert any(level.again for level in planned(least).levels)
+
+
+def test_gradients_that_are_there_already_count() -> None:
+    data = tokens(4, 32)
+    opt = fxopt.optimize(llama(), f"{PLAIN} | memory(1GiB)", check=False)
+    step(opt, data)
+    first = planned(opt).peak.parts["gradients"]
+    loss_of(opt(**data)).backward()
+    assert planned(opt).peak.parts["gradients"] > first
+
+
+OPTION = st.builds(Option, st.integers(0, 20), st.integers(0, 20), st.integers(0, 20), st.floats(0, 10))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(OPTION, min_size=1, max_size=3), min_size=1, max_size=5), st.integers(0, 80), st.data())
+def test_the_solver_finds_the_best_choice(options: list[list[Option]], budget: int, data: st.DataObject) -> None:
+    behind = data.draw(st.lists(st.integers(0, 5), min_size=len(options), max_size=len(options)))
+
+    def need(choice: tuple[int, ...]) -> int:
+        saved = most = 0
+        for at, index in enumerate(choice):
+            option = options[at][index]
+            most = max(most, saved + option.forward)
+            saved += option.saved
+            most = max(most, saved + option.backward + behind[at])
+        return most
+
+    every = list(itertools.product(*(range(len(o)) for o in options)))
+    fitting = [sum(options[at][i].seconds for at, i in enumerate(c)) for c in every if need(c) <= budget]
+    found = solve(options, budget, behind)
+    assert (found is None) == (not fitting)
+    if found is not None:
+        assert need(found) <= budget
+        assert sum(options[at][i].seconds for at, i in enumerate(found)) <= min(fitting) + 1e-9
+    assert smallest(options, behind) == min(need(c) for c in every)
+
+
+def test_the_plan_is_shown_before_a_step_and_is_what_the_step_does() -> None:
+    opt = fxopt.optimize(llama(), f"{PLAIN} | memory(1GiB)", inputs=tokens(2, 16), check=False)
+    small, large = opt.plan(), opt.plan(tokens(4, 32))
+    assert large.peak.total > small.peak.total
+    step(opt, tokens(4, 32))
+    assert planned(opt).peak == large.peak
+    text = str(large)
+    assert "weights" in text and large.peak.node in text and "predicted time" in text
+    assert opt.plan(optimizer="none").peak.parts["optimizer"] == 0 < small.peak.parts["optimizer"]
+    with pytest.raises(CallError, match="no optimizer"):
+        opt.plan(optimizer="lion")
