@@ -216,13 +216,23 @@ class Edit:
         with self.graph.inserting_before(before or like):
             node = self.graph.call_function(target, args, kwargs or {})
         self._stamp(node, like)
+        node.meta["val"] = self.fake(target, args, kwargs)
+        return node
+
+    def fake(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        """The fake value of a call, without gradients."""
         fake = pytree.tree_map(lambda a: a.meta["val"] if isinstance(a, fx.Node) else a, (args, kwargs or {}))
         key = (target, pytree.tree_structure(fake), *map(meta.signature, pytree.tree_leaves(fake)))
         if key not in self.values:  # equal layers ask the same question many times; a fake run with symbolic sizes takes 2 ms
             with self.source.fake_mode, torch.no_grad():
                 self.values[key] = target(*fake[0], **fake[1])
-        node.meta["val"] = self.values[key]
-        return node
+        return self.values[key]
+
+    def retype(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Give a node arguments of other dtypes; its fake value, whose dtype may change, is made anew. The caller sees to its readers."""
+        node.args, node.kwargs = args, kwargs
+        self._stamp(node, node)
+        node.meta["val"] = self.fake(node.target, args, kwargs)
 
     def item(self, node: fx.Node, index: int, *, like: fx.Node) -> fx.Node:
         """`node[index]` of a node whose value is a tuple, placed right behind it."""

@@ -16,7 +16,8 @@ aten = torch.ops.aten
 # Composite operators whose schema does not say that they may return their input, and do not.
 _FRESH = frozenset({
     aten.linear.default, aten.matmul.default, aten.layer_norm.default, aten.rms_norm.default, aten.scaled_dot_product_attention.default,
-    aten.cross_entropy_loss.default, aten.softmax.int, aten.log_softmax.int, aten.conv1d.default, aten.conv2d.default, aten.group_norm.default,
+    aten.cross_entropy_loss.default, aten.softmax.int, aten.log_softmax.int, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.group_norm.default,
+    aten.batch_norm.default, aten.instance_norm.default,
     aten.silu.default, aten.embedding.default, aten.repeat_interleave.self_int, aten.stack.default, aten.cat.default,
 })
 
