@@ -2,7 +2,8 @@
 # make test    the whole test suite
 # make kernels compiles every Triton kernel for GPUs that need not be there, with two releases of Triton (3 minutes);
 #              UPDATE=1 writes the new costs to gate/budget.json
-# make bench   the measurements of docs/benchmarks.md
+# make bench   the four headline rows of docs/benchmarks.md (about 40 minutes and 18 GiB on two cores; QUICK=1: a third of that)
+# make bench-all  also the demo's workload and every fused op
 #
 # Needs python3 (3.11 or newer), make and, once, a Python package index. Everything is installed into .venv with the
 # versions of constraints.txt. On a machine without an NVIDIA GPU the CPU build of torch is much smaller; name an
@@ -24,6 +25,8 @@ JOBS ?= 2
 TESTS ?=
 # Set to rewrite gate/budget.json.
 UPDATE ?=
+# Set for few steps in `make bench`.
+QUICK ?=
 # The other release of Triton that the kernels must compile with.
 OTHER_TRITON ?= 3.6.0
 
@@ -32,7 +35,7 @@ pip := $(run) -m pip --disable-pip-version-check
 wanted := $(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | cut -d ' ' -f 1)
 stamp := $(VENV)/.installed-$(wanted)
 
-.PHONY: demo test kernels bench install clean
+.PHONY: demo test kernels bench bench-all install clean
 .DELETE_ON_ERROR:
 
 demo: $(stamp)
@@ -55,7 +58,12 @@ $(other)/.installed:
 	@touch $@
 
 bench: $(stamp)
+	@$(run) -m bench.headlines $(if $(QUICK),--quick)
+	@$(run) -m bench.report
+
+bench-all: $(stamp)
 	@$(run) -m bench.run
+	@$(run) -m bench.headlines
 	@$(run) -m bench.report
 
 install: $(stamp)

@@ -9,6 +9,7 @@ import statistics
 import sys
 from typing import Any
 
+from bench import headlines_table
 from bench.run import REFERENCE, RESULTS
 from fxopt.kernels.catalog import CATALOG
 
@@ -16,7 +17,7 @@ _SHOWN = ("fxopt", "eager", "compile")
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
 
-Written by `python -m bench.report` from `bench/results/*.jsonl`, which `make bench` measures. Do not edit.
+Written by `python -m bench.report` from `bench/results/*.jsonl`, which `make bench-all` measures (`make bench`: the headlines). Do not edit.
 
 Rules: one process per system; the same batches in the same order from the same first adapter; systems in turns, round
 after round; medians of the timed steps after warm-up; losses within 1e-4 (relative) of the eager ones and a gradient
@@ -42,9 +43,10 @@ def machine_line(machine: dict[str, Any]) -> str:
     """The machine in one sentence."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     units = ", ".join(machine["units"]) or "no AVX"
+    commit = f", commit {machine['commit']}" if machine.get("commit") else ""
     return (
         f"{machine['date']}: {machine['cpu']} ({machine['cores']} cores, {machine['threads']} threads, {units}), "
-        f"{machine['memory_gib']} GiB, Python {machine['python']}, {versions}."
+        f"{machine['memory_gib']} GiB, Python {machine['python']}, {versions}{commit}."
     )
 
 
@@ -153,6 +155,11 @@ def ops_section() -> str:
     )
 
 
+def headlines_section() -> str:
+    """The headline rows."""
+    return headlines_table.section(RESULTS / "headlines.jsonl", table, machine_line)
+
+
 def _mib(value: float) -> str:
     return f"{value / 2**20:.1f} MiB"
 
@@ -163,7 +170,7 @@ def _gib(value: float) -> str:
 
 def page() -> str | None:
     """The page of the records there are; None without any."""
-    kinds = {"demo": demo_section, "ops": ops_section}
+    kinds = {"headlines": headlines_section, "demo": demo_section, "ops": ops_section}
     sections = [section() for kind, section in kinds.items() if (RESULTS / f"{kind}.jsonl").exists()]
     return "\n\n".join([INTRODUCTION.strip(), *sections]) + "\n" if sections else None
 
