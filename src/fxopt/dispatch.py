@@ -216,10 +216,13 @@ class Dispatcher:
         self.entries.setdefault(self.key(call), []).append(entry)  # the passes may have changed what takes a gradient
         return entry
 
-    def _attempt(self, call: Call, exact: bool) -> Entry:
-        """Capture, check, optimize and check again. With `exact`, for the call's own sizes of 0 and 1 alone."""
+    def _attempt(self, call: Call, exact: bool, share: bool = True) -> Entry:
+        """Capture, check, optimize and check again. With `exact`, for the call's own sizes of 0 and 1 alone.
+
+        Repeated blocks are traced once (`share`); if a check then fails before weights were adapted, each of them is.
+        """
         with adapted.skeleton(self.model):
-            raw = capture(self.model, call, exact=exact)
+            raw = capture(self.model, call, exact=exact, share=share, note=self.note)
         if self.installed is not None:
             raw = raw.replace(facts=raw.facts | {self.installed})
         entry = Entry(raw, guards(raw))
@@ -228,7 +231,20 @@ class Dispatcher:
         if verdict not in ("ok", "edge"):
             raise CaptureError(f"the captured graph does not cover the call that it was captured from: {verdict}", where=type(self.model).__name__,
                                do="the model's code fixes a size (with len() or int()): use x.shape, or call with at least two samples")
-        fresh, prove = self.installed is None, self.check or verdict == "edge"
+        installed = self.installed
+        try:
+            self._prove(entry, call, edge=verdict == "edge")
+        except (CaptureError, RuntimeError) as error:
+            if not share or self.installed is not installed or not regions.repeated_blocks(self.model):
+                raise
+            self.note(f"repeated blocks are traced one by one, since one traced for all failed: {str(error).splitlines()[0]}")
+            return self._attempt(call, exact, share=False)
+        return entry
+
+    def _prove(self, entry: Entry, call: Call, edge: bool) -> None:
+        """Make the entry's program for a call, with the checks that are due."""
+        raw = entry.raw
+        fresh, prove = self.installed is None, self.check or edge
         small = self._small(entry, call) if self.check else call
         outcome = self._compare_original(raw, small) if prove and fresh and self._changes_function() else None
         usable = self._variant(entry, call)
@@ -237,7 +253,6 @@ class Dispatcher:
         if prove:
             against = "its graph" if fresh and self._changes_function() else "the model"
             usable.checks.append(f"program against {against}: {self._compare_lowered(usable, small, fresh)}")
-        return entry
 
     def _lower(self, raw: Program, passes: Pipeline, call: Call) -> Lowered:
         if self.verify is not None and self.installed is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,11 @@ from torch.utils import _pytree as pytree
 from fxopt.errors import CaptureError
 from fxopt.ir import meta, torch_patches
 from fxopt.ir.autocast import Casting, Casts, State
+from fxopt.ir.blocks import Blocks
+from fxopt.ir.copies import copy_in
 from fxopt.ir.edit import copy_graph, inputs_first, read_state
 from fxopt.ir.program import Program, ShapeGuards, Signature, Slot
+from fxopt.ir.regions import repeated_blocks
 from fxopt.ir.structure import opened
 
 aten = torch.ops.aten
@@ -109,11 +112,13 @@ def example_tensors(call: Call) -> tuple[torch.Tensor, ...]:
     return tuple(found)
 
 
-def capture(model: nn.Module, call: Call, *, exact: bool = False) -> Program:
+def capture(model: nn.Module, call: Call, *, exact: bool = False, share: bool = True, note: Callable[[str], None] | None = None) -> Program:
     """The Program of one call of `model`, in its present mode (train or eval), grad mode and autocast state.
 
     Args:
         exact: capture with the call's own sizes, also where they are 1 (the program then covers only those).
+        share: trace repeated blocks that are alike once (see `ir.blocks`); the program is the same.
+        note: told why blocks were traced one by one after all, in a sentence.
 
     Raises:
         CaptureError: with the module path and the user's source line at which the export failed.
@@ -123,6 +128,10 @@ def capture(model: nn.Module, call: Call, *, exact: bool = False) -> Program:
     examples = _copies(call) if exact else example_tensors(call)
     doubled = any(a.shape != b.shape for a, b in zip(examples, call.tensors))
     returned = Returned()
+    if share:
+        found = _shared(model, call, examples, places, note)
+        if found is not None:
+            return found
     try:
         exported = _export(model, call, examples, places, returned)
     except Exception as error:
@@ -139,9 +148,29 @@ def capture(model: nn.Module, call: Call, *, exact: bool = False) -> Program:
     return _from_export(model, call, exported, returned)
 
 
-def _export(model: nn.Module, call: Call, examples: tuple[torch.Tensor, ...], places: torch_patches.CallTrace, returned: Returned) -> Any:
+def _shared(model: nn.Module, call: Call, examples: tuple[torch.Tensor, ...], places: torch_patches.CallTrace,
+            note: Callable[[str], None] | None) -> Program | None:
+    """The program, with every block traced that has no twin; None if there are no twins, or nothing can be told of them."""
+    paths = repeated_blocks(model)
+    if not paths:
+        return None
+    blocks, returned, grad = Blocks(model, paths, places), Returned(), torch.is_grad_enabled()
+    try:
+        exported = _export(model, call, examples, places, returned, blocks)
+        return _from_export(model, call, exported, returned, blocks)
+    except Exception as error:  # noqa: BLE001  the full capture has the last word, and the error to report
+        if blocks.standing and note is not None:
+            note(f"repeated blocks are traced one by one: {_first_line(error)}")
+        return None
+    finally:
+        torch._C._set_grad_enabled(grad)
+
+
+def _export(model: nn.Module, call: Call, examples: tuple[torch.Tensor, ...], places: torch_patches.CallTrace, returned: Returned,
+            blocks: Blocks | None = None) -> Any:
     shapes = (tuple({d: torch.export.Dim.AUTO for d in range(t.dim())} for t in examples),)
-    with _as_function_of_tensors(model, call, returned), places.recording(), torch_patches.for_capture():
+    sharing = blocks.sharing() if blocks is not None else contextlib.nullcontext()
+    with _as_function_of_tensors(model, call, returned), places.recording(), torch_patches.for_capture(), sharing:
         return torch.export.export(model, examples, dynamic_shapes=shapes, strict=False)
 
 
@@ -160,7 +189,7 @@ def _advice(error: BaseException) -> str:
     return "make the named line traceable by torch.export, or pass a submodule that is"
 
 
-def _from_export(model: nn.Module, call: Call, exported: Any, returned: Returned) -> Program:
+def _from_export(model: nn.Module, call: Call, exported: Any, returned: Returned, blocks: Blocks | None = None) -> Program:
     names = canonical_names(model)
     slots: dict[str, Slot] = {}
     constants: dict[str, Any] = {}
@@ -205,6 +234,8 @@ def _from_export(model: nn.Module, call: Call, exported: Any, returned: Returned
     if fake_mode is None:
         raise CaptureError(f"{type(model).__name__} computes on no tensors", do="pass a module with tensor inputs or parameters")
     output.args = (tuple(flat),)
+    if repeated_blocks(model):  # numbered alike, however the blocks were traced
+        graph = blocks.write_out(graph, names) if blocks is not None else copy_in(graph, {}, ())
     signature = Signature(call.spec, call.leaves, returned.spec)
     return Program(graph, slots, signature, fake_mode, constants, training=model.training, grad=torch.is_grad_enabled())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from dataclasses import dataclass, field
@@ -65,6 +66,21 @@ def provenance(node: fx.Node) -> Provenance:
     """The provenance of a node; an empty one if none was recorded."""
     found = node.meta.get(PROVENANCE)
     return found if isinstance(found, Provenance) else Provenance()
+
+
+def moved(node: fx.Node, old: str, new: str, around: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """The provenance of a copy in the module `new` of a node in the module `old`; `around` is the stack of a node of `new`."""
+
+    def path(name: str) -> str:
+        return new + name[len(old):] if name == old or name.startswith(f"{old}.") else name
+
+    was = provenance(node)
+    at, to = (next((i for i, (name, _) in enumerate(stack) if name == wanted), 0) for stack, wanted in ((was.stack, old), (around, new)))
+    stack = (*around[:to], *((path(name), kind) for name, kind in was.stack[at:]))
+    found = {PROVENANCE: dataclasses.replace(was, path=path(was.path), stack=stack)}
+    if "nn_module_stack" in node.meta:
+        found["nn_module_stack"] = {key: (path(entry[0]), *entry[1:]) for key, entry in node.meta["nn_module_stack"].items()}
+    return found
 
 
 def value(node: fx.Node) -> Any:

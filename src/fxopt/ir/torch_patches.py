@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -99,6 +99,32 @@ def mark_checkpoints() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def put_aside(attributes: Iterable[tuple[nn.Module, str]]) -> Iterator[set[tuple[nn.Module, str]]]:
+    """Within, attributes of modules are not where Python looks first, so that their reads are seen: the set that is yielded.
+
+    What code sees does not change: a module's `__getattr__`, which is asked when an attribute is not found, has them.
+    """
+    read: set[tuple[nn.Module, str]] = set()
+    aside = {(id(vars(module)), name): (module, vars(module).pop(name)) for module, name in attributes}
+    saved = nn.Module.__getattr__
+
+    def getattr_(self: nn.Module, name: str) -> Any:
+        found = aside.get((id(self.__dict__), name))
+        if found is None:
+            return saved(self, name)
+        read.add((found[0], name))
+        return found[1]
+
+    nn.Module.__getattr__ = getattr_  # type: ignore[method-assign]
+    try:
+        yield read
+    finally:
+        nn.Module.__getattr__ = saved  # type: ignore[method-assign]
+        for (_, name), (module, value) in aside.items():
+            vars(module).setdefault(name, value)  # what was set meanwhile stays
+
+
+@contextlib.contextmanager
 def for_capture() -> Iterator[None]:
     """All patches that a capture needs."""
     with keep_autograd_functions(), mark_checkpoints():
@@ -112,6 +138,7 @@ class CallTrace:
         self.names = {module: name for name, module in model.named_modules()}
         self.running: list[str] = []
         self.deepest: str = ""
+        self.hooks: frozenset[int] = frozenset()  # of the recording
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -130,6 +157,7 @@ class CallTrace:
         for module in self.names:
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leave))
+        self.hooks = frozenset(handle.id for handle in handles)
         try:
             yield
         finally:
