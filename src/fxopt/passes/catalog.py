@@ -6,6 +6,7 @@ from fxopt.passes.base import Pass
 from fxopt.passes.canonicalize import Canonicalize
 from fxopt.passes.causal import Causal
 from fxopt.passes.dead_code import DeadCode
+from fxopt.passes.denominator import Denominator
 from fxopt.passes.fuse import Fuse
 from fxopt.passes.lora import Lora
 from fxopt.passes.loss import Loss
@@ -22,6 +23,7 @@ PASSES: tuple[type[Pass], ...] = (
     Siblings,
     Fuse,
     Loss,
+    Denominator,
     Remat,
     Memory,
     DeadCode,

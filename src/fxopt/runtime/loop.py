@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fxopt.errors import CheckError, DataError
 from fxopt.runtime.callbacks import Callback, State, Step
+from fxopt.runtime.counting import Counter, Items, shares, supervised_items
 from fxopt.runtime.memory import peak_bytes, reset_peak
 from fxopt.runtime.progress import Progress
 from fxopt.runtime.schedule import Schedule, make_schedule
@@ -23,7 +24,6 @@ Batch = Any
 """A mapping of keyword arguments, a tuple of arguments, or one argument of the model."""
 
 DEFAULT_LR = 2e-4
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,6 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
-def supervised_items(batch: Batch) -> int:
-    """How many items the loss of `batch` is the mean of; 1 for a batch without `labels`.
-
-    Labels [batch, seq] are those of a causal language model, which predicts each token from the ones before it, so
-    the first column is not counted. Labels [batch] are counted whole. -100 is not counted.
-    """
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if labels is None:
-        return 1
-    return int((labels[:, 1:] if labels.dim() == 2 else labels).ne(IGNORED_LABEL).sum())
-
-
 def real_tokens(batch: Batch) -> int:
     """Tokens of `batch` that are not padding; 0 if it has neither `attention_mask` nor `input_ids`."""
     if not isinstance(batch, Mapping):
@@ -100,7 +88,7 @@ def fit(
     accumulate: int = 1,
     clip: float | None = 1.0,
     loss: Callable[[nn.Module, Batch], Tensor] = model_loss,
-    count: Callable[[Batch], int] = supervised_items,
+    count: Callable[[Batch], int] | None = None,
     callbacks: Sequence[Callback] = (),
     seed: int | None = None,
     progress: bool = True,
@@ -108,8 +96,10 @@ def fit(
 ) -> Result:
     """Trains the parameters of `model` that require gradients, in place.
 
-    Accumulated batches count by their supervised items, so a group of batches (the last, shorter one of a pass
-    included) gives the gradient of one large batch. A batch that supervises nothing is left out and counted.
+    Accumulated batches count by the number of items that their loss is the mean of, so a group of batches (the last, shorter
+    one of a pass included) gives the gradient of one large batch. For an optimized model the number is derived from the graph
+    (see `fxopt.ir.denominator`); for any other it is that of the labels, see `supervised_items`. A batch with no such item is
+    left out and counted.
 
     Args:
         data: batches; passed over again for each epoch, so more than one epoch needs more than an iterator.
@@ -123,14 +113,16 @@ def fit(
         accumulate: batches per optimizer step.
         clip: largest norm of all gradients together; None leaves them.
         loss: the mean loss of a batch.
-        count: how many items that mean is over.
+        count: how many items that mean is over; None takes what the graph or the labels say.
         callbacks: run in order at each point.
         seed: seeds torch's generators before the first batch.
         progress: show a line on stderr.
         output_dir: where `model.save_adapter` writes at the end, and when the run is broken off after a step.
 
     Raises:
-        DataError: settings that contradict each other, a model with nothing to train, data that ends too early.
+        DataError: settings that contradict each other, a model with nothing to train, data that ends too early; or several
+            batches a step and an optimized model whose loss is no mean over items that its inputs say (a contrastive loss, batch
+            norm in training mode): give `count`.
         CheckError: a loss or a gradient is not finite. The weights are those of the last finished step.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -143,6 +135,7 @@ def fit(
     device = parameters[0].device
     hooks = [*callbacks, *([Progress()] if progress else [])]
     state = State(model, optimizer, total)
+    counter = Counter(model, count, graph=loss is model_loss, needed=accumulate > 1)
     modes = [(module, module.training) for module in model.modules()]
     if seed is not None:
         torch.manual_seed(seed)
@@ -152,17 +145,17 @@ def fit(
         for hook in hooks:
             hook.on_fit_start(state)
         started = time.perf_counter()
-        for group in _groups(data, accumulate, epochs, count, state, hooks):
+        for group in _groups(data, accumulate, epochs, lambda batch: counter(_to(batch, device)), state, hooks):
             for settings, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 settings["lr"] = rate * factor(state.step)
             optimizer.zero_grad(set_to_none=True)
             for hook in hooks:
                 hook.on_step_start(state)
 
-            items = sum(number for _, number in group)
+            weights, items = shares([items for _, items in group])
             losses = []
-            for batch, number in group:
-                value = loss(model, _to(batch, device)) * (number / items)
+            for (batch, _), weight in zip(group, weights, strict=True):
+                value = loss(model, _to(batch, device)) * weight
                 value.backward()
                 losses.append(value.detach())
             for hook in hooks:
@@ -175,7 +168,7 @@ def fit(
             now = time.perf_counter()
             tokens = sum(real_tokens(batch) for batch, _ in group)
             rate = optimizer.param_groups[0]["lr"]
-            state.history.append(Step(step_loss, rate, norm, tokens, items, now - started))
+            state.history.append(Step(step_loss, rate, norm, tokens, int(items) if items == int(items) else items, now - started))
             for hook in hooks:
                 hook.on_step_end(state)
             started = time.perf_counter()
@@ -203,19 +196,19 @@ def _groups(
     data: Iterable[Batch],
     accumulate: int,
     epochs: int | None,
-    count: Callable[[Batch], int],
+    count: Callable[[Batch], Items],
     state: State,
     hooks: Sequence[Callback],
-) -> Iterator[list[tuple[Batch, int]]]:
+) -> Iterator[list[tuple[Batch, Items]]]:
     """Groups of up to `accumulate` batches with their item counts, until the planned steps or epochs are done."""
     while state.step < state.steps and not state.stop and state.epoch != epochs:
         step_before, group = state.step, []
         for batch in data:
             if state.step >= state.steps or state.stop:
                 return
-            number = count(batch)
-            state.skipped += not number
-            group += [(batch, number)] if number else []
+            items = count(batch)
+            state.skipped += not items.number
+            group += [(batch, items)] if items.number else []
             if len(group) == accumulate:
                 yield group
                 group = []

@@ -1,0 +1,106 @@
+"""What fit asks the graph: shares of the batches of a step, batches without an item, and errors where nothing can be derived."""
+
+from __future__ import annotations
+
+import models
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import fxopt
+from fxopt.errors import DataError
+from fxopt.runtime.callbacks import Callback, State
+from fxopt.runtime.loop import fit
+
+EXACT = 2.0**-40  # of the largest gradient: 9e-13
+
+
+class Masked(nn.Module):
+    """A masked mean written by hand: no labels that a count could be guessed from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return (self.linear(x).square().mean(-1) * mask).sum() / mask.sum()
+
+
+class Gradients(Callback):
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def on_backward_end(self, state: State) -> None:
+        self.steps.append(torch.cat([p.grad.flatten() for p in state.model.parameters() if p.grad is not None]))
+
+
+def masked(rows: int, kept: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(rows * 5, dtype=torch.float64)
+    mask[torch.randperm(rows * 5, generator=generator)[:kept]] = 1
+    return {"x": torch.randn(rows, 5, 8, generator=generator, dtype=torch.float64), "mask": mask.view(rows, 5)}
+
+
+def trained(model: nn.Module, data: list, **more: object) -> tuple[object, list[torch.Tensor]]:
+    seen = Gradients()
+    return fit(model, data, epochs=1, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), clip=None, progress=False, callbacks=[seen], **more), seen.steps
+
+
+def test_accumulated_means_over_a_mask_equal_one_batch() -> None:
+    """Ragged parts, one of which keeps nothing (a mean of nothing: nan), and a last group that is shorter."""
+    parts = [masked(2, 3, 0), masked(4, 17, 1), masked(2, 0, 2), masked(3, 1, 3), masked(2, 9, 4)]
+    opt = fxopt.optimize(Masked().double(), "canonicalize | denominator", inputs=parts[1])
+    result, small = trained(opt, parts, accumulate=3)
+    assert result.skipped == 1 and [step.items for step in result.steps] == [21, 9]
+    groups = [[parts[0], parts[1], parts[3]], [parts[4]]]
+    for group, ours, step in zip(groups, small, result.steps, strict=True):
+        model = Masked().double()
+        loss = model(*(torch.cat([part[key] for part in group]) for key in ("x", "mask")))
+        loss.backward()
+        wanted = torch.cat([p.grad.flatten() for p in model.parameters()])
+        assert (ours - wanted).abs().max() <= EXACT * wanted.abs().max()
+        assert abs(step.loss - loss.item()) <= EXACT * loss.item()
+    _, without = trained(fxopt.optimize(Masked().double(), "dead_code"), parts, accumulate=3)  # derived by fit itself
+    assert all(torch.equal(a, b) for a, b in zip(small, without, strict=True))
+
+
+def test_a_loss_over_whole_labels_is_counted_as_the_graph_counts_it() -> None:
+    """A masked language model is supervised at its first token too."""
+    opt = fxopt.optimize(models.bert(dropout=0.0), "canonicalize")
+    batches = [models.tokens(seed=seed, ignored=0.8) for seed in range(2)]
+    result, _ = trained(opt, batches, accumulate=2)
+    assert result.steps[0].items == sum(int((batch["labels"] != -100).sum()) for batch in batches)
+
+
+class Pairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.normalize(self.linear(x), dim=-1)
+        return -(y @ y.T).log_softmax(-1).diagonal().mean()
+
+
+def test_what_has_no_denominator_asks_for_a_count() -> None:
+    data = [torch.randn(4, 8), torch.randn(3, 8)]
+    opt = fxopt.optimize(Pairs(), "canonicalize", inputs=(data[0],))
+    with pytest.raises(DataError, match="multiplies different samples") as caught:
+        trained(opt, data, accumulate=2)
+    assert "matmul" in caught.value.where and "`count`" in caught.value.do
+    assert len(trained(opt, data)[0].steps) == 2  # one batch a step needs no count
+    assert trained(opt, data, accumulate=2, count=len)[0].steps[0].items == 7
+    with pytest.raises(DataError, match="outside of the graph"):
+        trained(opt, data, accumulate=2, loss=lambda model, batch: model(batch).square())
+
+
+def test_losses_that_count_in_different_ways_are_not_added() -> None:
+    class Either(Masked):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            return super().forward(x, mask) if mask is not None else self.linear(x).square().mean()
+
+    part = masked(2, 3, 0)
+    with pytest.raises(DataError, match="different ways"):
+        trained(fxopt.optimize(Either().double(), "canonicalize"), [part, {"x": part["x"]}], accumulate=2)
