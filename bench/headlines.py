@@ -1,6 +1,6 @@
 """The headline rows: what fxopt claims against its peers, each system in its own process, in turns.
 
-    python -m bench.headlines [--only C1 C2 ...] [--systems NAME ...] [--rounds N] [--quick] [--out FILE]
+    python -m bench.headlines [--only C1 C2 ...] [--systems NAME ... | --all] [--rounds N] [--quick] [--out FILE]
 
 Writes the rows that it ran into bench/results/headlines.jsonl (the others' records stay) and prints a table. Exit code 1 when a system
 fails, when its losses are not the eager ones, when it counts other tokens, or when an adapter gets no gradient. A goal that is missed
@@ -137,10 +137,10 @@ def write(file: Path, machine: Record, row: Row, records: Sequence[Record], *, q
     file.write_text("\n".join([*kept, json.dumps(head), *map(json.dumps, records)]) + "\n")
 
 
-def wanted(row: Row, names: Sequence[str] | None) -> list[str]:
-    """The systems to run: those named, and what they are compared with or bounded by."""
+def wanted(row: Row, names: Sequence[str] | None, *, every: bool = False) -> list[str]:
+    """The systems to run: those named, and what they are compared with or bounded by. None: all but the extra ones."""
     if names is None:
-        return list(row.systems)
+        return [name for name, system in row.systems.items() if every or not system.extra]
     needed = {name for name in names if name in row.systems}
     needed |= {row.systems[name].reference for name in needed}
     needed |= {BOUNDING} if row.memory == "budget" and any(row.systems[name].peer == "fxopt" for name in needed) else set()
@@ -153,6 +153,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--systems", nargs="+", choices=known, help="these, and what they are compared with")
+    parser.add_argument("--all", action="store_true", help="the extra systems too")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--quick", action="store_true", help="one round of few steps; marked so in the records")
     parser.add_argument("--tiny", action="store_true", help="on tiny models, to see that everything runs; writes no results unless --out is given")
@@ -162,7 +163,7 @@ def main() -> int:
     rows = [chosen(name, quick=given.quick, tiny=given.tiny, rounds=given.rounds) for name in given.only]
     torch.set_num_threads(given.threads)
     machine = describe()
-    print(f"about {sum(row.minutes for row in rows):.0f} minutes with all systems", file=sys.stderr, flush=True)
+    print(f"about {sum(row.minutes for row in rows):.0f} minutes", file=sys.stderr, flush=True)
     options = ["--threads", str(given.threads), *(["--quick"] * given.quick), *(["--tiny"] * given.tiny),
                *(["--rounds", str(given.rounds)] if given.rounds is not None else [])]
     out = given.out or (None if given.tiny else RESULTS)
@@ -171,7 +172,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         for row in rows:
             records = []
-            for record in measure(row, wanted(row, given.systems), Path(temporary), options):
+            for record in measure(row, wanted(row, given.systems, every=given.all), Path(temporary), options):
                 print(_line(record), file=sys.stderr, flush=True)
                 records.append(record)
             wrong += check(row, records)

@@ -221,7 +221,7 @@ def test_the_slope_and_the_allocators_peak():
 
 
 def figure(**values) -> dict:
-    return {"step": 1.0, "speed": 1.0, "above": 1.0, "slope": None, "allocator": None, "cold": 1.0} | values
+    return {"step": 1.0, "speed": 1.0, "above": 1.0, "slope": None, "allocator": None, "cold": 1.0, "step_bytes": values.get("above", 1.0)} | values
 
 
 @pytest.mark.parametrize(
@@ -248,4 +248,5 @@ def test_goals(name, of, expected):
 def test_systems_bring_what_they_are_compared_with():
     assert headlines.wanted(ROWS["C3"], ["fxopt"]) == ["eager", "checkpointing", "fxopt"]
     assert headlines.wanted(ROWS["C2"], ["compile-grouped"]) == ["eager-grouped", "compile-grouped"]
-    assert headlines.wanted(ROWS["C5"], None) == list(ROWS["C5"].systems)
+    assert headlines.wanted(ROWS["C5"], None) == headlines.wanted(ROWS["C5"], None, every=True) == list(ROWS["C5"].systems)
+    assert "compile-blocks" in set(ROWS["C1"].systems) - set(headlines.wanted(ROWS["C1"], None))
