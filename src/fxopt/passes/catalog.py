@@ -11,6 +11,7 @@ from fxopt.passes.fuse import Fuse
 from fxopt.passes.lora import Lora
 from fxopt.passes.loss import Loss
 from fxopt.passes.memory import Memory
+from fxopt.passes.precision import Precision
 from fxopt.passes.quantize import Quantize
 from fxopt.passes.remat import Remat
 from fxopt.passes.siblings import Siblings
@@ -23,6 +24,7 @@ PASSES: tuple[type[Pass], ...] = (
     Siblings,
     Fuse,
     Loss,
+    Precision,
     Denominator,
     Remat,
     Memory,
