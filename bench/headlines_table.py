@@ -74,6 +74,7 @@ def figures(records: Sequence[Record]) -> dict[str, Figures]:
             "budget": next((r["budget"] for r in mine if r.get("budget") is not None), None), "weights": mine[0]["weights"],
             "parity": max((r["largest_relative_loss_difference"] for r in mine if "largest_relative_loss_difference" in r), default=None),
             "norm": min(r["smallest_gradient_norm"] for r in mine), "passes": mine[0].get("passes"),
+            "operators": mine[0]["phases"][-1].get("operators", []),
         }
     return found
 
@@ -160,6 +161,11 @@ def _columns(row: Row, of: dict[str, Figures]) -> list[Column]:
     return [("cold start", lambda f: f"{f['cold']:.1f} s"), each_cold, ("next step", _STEP[1]), _ABOVE, *_LAST]
 
 
+def shares(operators: Sequence[tuple[str, float, int]]) -> str:
+    """Operators in words."""
+    return ", ".join(f"`{name}` {share:.0%} ({calls} calls)" for name, share, calls in operators if share >= 0.01)
+
+
 def show(console: Console, row: Row, records: Sequence[Record], *, quick: bool) -> None:
     """Prints a row."""
     of = figures(records)
@@ -171,6 +177,8 @@ def show(console: Console, row: Row, records: Sequence[Record], *, quick: bool) 
     for name, found in of.items():
         table.add_row(name, *(value(found) for _, value in columns))
     console.print(table)
+    if OURS in of:
+        console.print(f"  a step of fxopt: {shares(of[OURS]['operators'])}", highlight=False)
     for goal in goals(row, of):
         wish = f" (goal {goal.least:g}x: {goal.verdict})" if goal.least is not None else ""
         console.print(f"  {goal.value:.2f}x {goal.text}{wish}", highlight=False)
@@ -225,6 +233,7 @@ def section(file: Path, table: Callable[..., str], machine_line: Callable[[Recor
         lines += sorted({f"- `{r['system']}` did not run: {r['failed'].splitlines()[-1]}" for r in records if "failed" in r})
         if OURS in of:
             lines.append(f"- fxopt's pipeline: `{of[OURS]['passes']}`.")
+            lines.append(f"- Where a step of fxopt goes: {shares(of[OURS]['operators'])}.")
         shown = table(["system", *(name for name, _ in columns)], [[name, *(value(found) for _, value in columns)] for name, found in of.items()])
         parts += [f"### {row.name}: {row.title}", f"{row.shape} shape{changes}. {_NOTES[row.name]}{quick}", machine_line(head["machine"]), shown]
         parts.append("\n".join(lines))

@@ -82,7 +82,7 @@ def show(
     console.print(
         f"\nfxopt: {ours['tokens_per_second'] / best['tokens_per_second']:.2f}x the tokens/s of the faster peer "
         f"({best['system']}), {least['memory']['above'] / ours['memory']['above']:.2f}x less training memory than the "
-        f"smaller one ({least['system']}). `make bench` adds torch.compile and checkpointing."
+        f"smaller one ({least['system']}). `make bench-all` adds torch.compile and checkpointing."
     )
     console.print(f"adapter: {ours['adapter']}\ntotal: {seconds / 60:.1f} minutes on {platform.machine()}, torch "
                   f"{ours['versions']['torch']}")  # fmt: skip
