@@ -186,8 +186,9 @@ def no_patching(path: str, text: str) -> list[str]:
 
 
 def one_editor(path: str, text: str) -> list[str]:
-    """Only ir/edit.py mutates an fx graph. (In `ir.capture` and `ir.copies` the graph is not a Program yet.)"""
-    if part_of(path) is None or path in ("src/fxopt/ir/edit.py", "src/fxopt/ir/capture.py", "src/fxopt/ir/copies.py"):
+    """Only ir/edit.py mutates an fx graph. (In `ir.capture` and `ir.copies` the graph is not a Program yet, in `ir.region_graph` no more.)"""
+    if part_of(path) is None or path in ("src/fxopt/ir/edit.py", "src/fxopt/ir/capture.py", "src/fxopt/ir/copies.py",
+                                         "src/fxopt/ir/region_graph.py"):
         return []
     found = []
     for node in ast.walk(ast.parse(text)):

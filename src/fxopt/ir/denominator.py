@@ -27,9 +27,10 @@ from torch.utils import _pytree as pytree
 
 from fxopt.errors import CallError
 from fxopt.ir import meta
-from fxopt.ir.edit import Edit, extract
+from fxopt.ir.edit import Edit
 from fxopt.ir.index import arguments
 from fxopt.ir.program import Program
+from fxopt.ir.region_graph import extract
 from fxopt.ir.sample_products import RULES
 from fxopt.ir.samples import CONSTANT, Counted, Free, Mixed, Rows, Samples, Total, expression
 

@@ -13,8 +13,8 @@ import torch
 import torch.fx as fx
 
 from fxopt.ir import meta
-from fxopt.ir.edit import call_behind
-from fxopt.ir.index import called
+from fxopt.ir.index import called, full_arguments
+from fxopt.ir.region_graph import call_behind, drop_unread
 
 # f(x, residual, *rest) = (y, sum, *statistics), where g(sum, *rest) = (y, *statistics).
 _OF_A_SUM = {"fxopt::add_rms_norm": "rms_norm", "fxopt::add_layer_norm": "layer_norm"}
@@ -31,6 +31,21 @@ def _items(node: fx.Node) -> dict[int, fx.Node]:
 def sources(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """For each value with a second way, the value that it can be computed from."""
     return {item: items[1] for node in graph.nodes if (items := _items(node)) for index, item in items.items() if index != 1}
+
+
+def shorten(graph: fx.Graph) -> None:
+    """Calls of which a backward reads a by-product alone, computed without the rest: of an adapted linear layer x A^T, [rows, rank], without
+    the product of x with the weight."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or str(node.target) != "fxopt.lora_linear.default":
+            continue
+        given = full_arguments(node)
+        low, (a, *others) = len(given["formats"]), given["lora_a"]
+        small = [user for user in node.users if called(user, operator.getitem) and user.args[1] == low]
+        if len(small) != 1 or len(node.users) != 1 or others or given["dropout"] or meta.tensor(a).dtype != meta.tensor(given["x"]).dtype:
+            continue
+        call_behind(graph, given["x"], torch.ops.aten.linear.default, (a,), meta.value(small[0]), small[0], {small[0]: None})
+    drop_unread(graph)
 
 
 def take(graph: fx.Graph, saved: Container[fx.Node]) -> list[fx.Node]:

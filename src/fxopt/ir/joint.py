@@ -20,7 +20,8 @@ from torch._functorch import aot_autograd
 
 from fxopt.errors import LowerError
 from fxopt.ir import meta
-from fxopt.ir.edit import copy_graph, detach_outputs, reshape_views
+from fxopt.ir.edit import copy_graph
+from fxopt.ir.region_graph import detach_outputs, reshape_views, share_sizes
 from fxopt.ir.regions import Region
 
 
@@ -103,6 +104,7 @@ def trace(region: Region, requires_grad: Sequence[bool], fake_mode: Any, *, only
 def _read(module: fx.GraphModule, region: Region, info: Any, place: str) -> Joint:
     graph = module.graph
     reshape_views(graph)
+    share_sizes(graph)
     n_primals, n_outputs = len(region.inputs) + len(region.state), len(region.outputs)
     primals: list[fx.Node | None] = [None] * n_primals
     tangents: list[tuple[int, fx.Node]] = []

@@ -18,9 +18,10 @@ import torch.fx as fx
 
 from fxopt.errors import LowerError
 from fxopt.ir import meta
-from fxopt.ir.derive import sources, take
-from fxopt.ir.edit import delay, extract, random
+from fxopt.ir.derive import shorten, sources, take
+from fxopt.ir.edit import random
 from fxopt.ir.joint import Joint
+from fxopt.ir.region_graph import delay, extract
 from fxopt.ir.regions import is_view
 
 aten = torch.ops.aten
@@ -38,6 +39,8 @@ class Split:
         wanted: indices of the primals that get a gradient.
         tangents: indices of the outputs whose tangents the backward takes.
         mutated: indices of the primals with a new value.
+        recomputed: names of the nodes that the backward computes again.
+        tiled: names of the nodes of the backward that run for some rows at a time.
     """
 
     forward: fx.GraphModule
@@ -49,6 +52,7 @@ class Split:
     tangents: tuple[int, ...]
     mutated: tuple[int, ...]
     recomputed: tuple[str, ...] = ()
+    tiled: tuple[str, ...] = ()
 
 
 Policy = Callable[[Joint, "Classes"], list[fx.Node]]
@@ -106,6 +110,7 @@ def split(joint: Joint, policy: Policy) -> Split:
     forward = extract(joint.graph, list(joint.primals), [*outputs, *mutated, *saved])
     shortcuts = take(joint.graph, saved)
     backward = extract(joint.graph, [*saved, *tangents], [joint.gradients[i] for i in wanted])
+    shorten(backward)
     names = {n.name for n in backward.nodes}
     twice = [n for n in (*classes.forward, *shortcuts) if n.op == "call_function" and n.name in names and n not in saved]
     recomputed = tuple(n.name for n in twice)

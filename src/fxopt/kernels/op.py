@@ -36,12 +36,15 @@ class Kernel:
         fake: same arguments; returns tensors of the right shape, dtype and strides, from SymInts too.
         cuda: `"module:function"` of the CUDA kernel, imported at its first call (so that Triton is
             not needed elsewhere), or None while the ATen body serves CUDA as well.
+        rows: positions of the arguments that hold rows (all dimensions but the last; statistics of rows lack that one), if rows do not
+            meet: a result that holds rows is that of each row by itself, any other is the sum over the rows. None: nothing is said.
     """
 
     schema: str
     body: Callable
     fake: Callable
     cuda: str | None = None
+    rows: frozenset[int] | None = None
 
     @property
     def name(self) -> str:

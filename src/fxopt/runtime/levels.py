@@ -11,6 +11,7 @@ import torch.fx as fx
 
 from fxopt.ir.joint import Joint
 from fxopt.ir.partition import MinCut, Policy, Split, classify, heavy, min_cut, save_all, value_bytes
+from fxopt.ir.tiling import Tiling
 from fxopt.runtime.dry_run import Ran, Value, run
 from fxopt.runtime.machine import Machine
 from fxopt.runtime.region import RegionRunner
@@ -80,11 +81,13 @@ class Levels:
         if self._policies is None:
             joint, _ = self.runner.joint(self.requires_grad, self.autocast)
             forward = self.level(min_cut, size, sizes).forward
-            self._policies = [save_all, *chain(joint, {name: self.machine.seconds(work) for name, work in forward.nodes.items()})]
+            cuts = chain(joint, {name: self.machine.seconds(work) for name, work in forward.nodes.items()})
+            tiled = [Tiling(cuts[-1], dim) for dim in (0, 1)]
+            self._policies = [save_all, *cuts, *(p for p in tiled if self.runner.compile(self.requires_grad, self.autocast, p).split.tiled)]
         return [self.level(policy, size, sizes) for policy in self._policies]
 
 
-def chain(joint: Joint, seconds: Mapping[str, float]) -> list[Policy]:
+def chain(joint: Joint, seconds: Mapping[str, float]) -> list[MinCut]:
     """Minimum cuts with more and more heavy nodes allowed to run again; each saves fewer bytes than the one before.
 
     Args:
@@ -100,7 +103,7 @@ def chain(joint: Joint, seconds: Mapping[str, float]) -> list[Policy]:
     rest: list[fx.Node] = [n for n in classes.forward if n.op == "call_function" and heavy(n)]
     cost = {n: seconds.get(n.name, 0.0) + 1e-6 for n in rest}
     rest.sort(key=lambda n: -sum(value_bytes(part) for part in (n, *n.users)) / cost[n])
-    found: list[Policy] = [min_cut]
+    found: list[MinCut] = [min_cut]
     allowed: frozenset[str] = frozenset()
     least = kept(allowed)
     while rest and len(found) < MOST:

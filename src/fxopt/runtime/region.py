@@ -15,8 +15,11 @@ from fxopt.ir import joint as joints
 from fxopt.ir.edit import effectful
 from fxopt.ir.partition import Policy, Split, split
 from fxopt.ir.regions import Region, differentiable_outputs, influences
+from fxopt.ir.tiling import Tiling
+from fxopt.kernels.catalog import CATALOG
 
 log = logging.getLogger("fxopt")
+_OPERANDS = {kernel.overload: kernel.rows for op in CATALOG for kernel in op.kernels if kernel.rows is not None}
 
 
 class Compiled:
@@ -68,7 +71,8 @@ class RegionRunner:
         found = self.compiled.get(key)
         if found is None:
             traced, differentiable = self.joint(requires_grad, autocast)
-            found = self.compiled[key] = Compiled(split(traced, policy), differentiable)
+            plan = split(traced, policy)
+            found = self.compiled[key] = Compiled(policy.apply(plan, _OPERANDS) if isinstance(policy, Tiling) else plan, differentiable)
         return found
 
     def __call__(self, args: Sequence[Any], policy: Policy) -> tuple[Any, ...]:

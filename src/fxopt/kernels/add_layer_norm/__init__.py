@@ -6,6 +6,7 @@ from fxopt.kernels.op import FusedOp, Kernel, register
 _BACKWARD = Kernel(
     "add_layer_norm_backward(Tensor dy, Tensor? dsum, Tensor sum, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
     "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    rows=frozenset({0, 1, 2, 5, 6}),
     body=body.backward,
     fake=body.backward_fake,
     cuda="fxopt.kernels.add_layer_norm.triton:backward",
@@ -25,6 +26,7 @@ OP = register(
     FusedOp(
         forward=Kernel(
             "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+            rows=frozenset({0, 1}),
             body=body.forward,
             fake=body.forward_fake,
             cuda="fxopt.kernels.add_layer_norm.triton:forward",

@@ -6,6 +6,7 @@ from fxopt.kernels.op import FusedOp, Kernel, register
 _BACKWARD = Kernel(
     "add_rms_norm_backward(Tensor dy, Tensor? dsum, Tensor sum, Tensor? weight, Tensor rstd, float offset, "
     "bool[2] output_mask) -> (Tensor, Tensor)",
+    rows=frozenset({0, 1, 2, 4}),
     body=body.backward,
     fake=body.backward_fake,
     cuda="fxopt.kernels.add_rms_norm.triton:backward",
@@ -25,6 +26,7 @@ OP = register(
     FusedOp(
         forward=Kernel(
             "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset, str casting) -> (Tensor, Tensor, Tensor)",
+            rows=frozenset({0, 1}),
             body=body.forward,
             fake=body.forward_fake,
             cuda="fxopt.kernels.add_rms_norm.triton:forward",

@@ -90,7 +90,7 @@ _RUNS = {"q6_k": 16}
 
 def dense(base, format, shape, dtype):
     """The weight of these parts in fp16, bf16 or fp32; `base` must be checked. "dense": the weight itself, or a cast of it."""
-    if format == "dense":
+    if format in ("dense", "bf16", "fp16"):
         return base[0].to(dtype)
     base = [part.contiguous() for part in base]
     out = base[0].new_empty(shape, dtype=dtype)

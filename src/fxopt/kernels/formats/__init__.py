@@ -1,6 +1,6 @@
 """Weight formats: how the weight of a linear layer is stored, and how it is read.
 
-format.py (what a format is), dense.py, nf4.py (and nf4_state.py: the JSON of bitsandbytes files), per_row.py (int8, fp8),
+format.py (what a format is), dense.py, half.py (16 bits), nf4.py (and nf4_state.py: the JSON of bitsandbytes files), per_row.py (int8, fp8),
 gguf.py (the blocks of GGUF files). In a graph a stored weight
 is `Tensor[] base, str format, SymInt[] shape`: one tensor per part of the format, and the shape of the dense weight.
 """
@@ -16,10 +16,11 @@ from fxopt.errors import CheckError
 from fxopt.kernels.formats.dense import DENSE
 from fxopt.kernels.formats.format import Format, Part, entry
 from fxopt.kernels.formats.gguf import GGUF
+from fxopt.kernels.formats.half import BF16, FP16
 from fxopt.kernels.formats.nf4 import NF4, NF4_NESTED
 from fxopt.kernels.formats.per_row import FP8, INT8
 
-FORMATS: dict[str, Format] = {format.name: format for format in (DENSE, NF4, NF4_NESTED, INT8, FP8, *GGUF)}
+FORMATS: dict[str, Format] = {format.name: format for format in (DENSE, BF16, FP16, NF4, NF4_NESTED, INT8, FP8, *GGUF)}
 
 
 def named(name: str) -> Format:

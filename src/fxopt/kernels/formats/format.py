@@ -43,7 +43,7 @@ class Format:
         reference: (base, shape, dtype) to the dense weight, in plain PyTorch: the oracle. It takes any floating point dtype
             of the parts and computes in fp64 if dtype is.
         dequantize: same arguments; the ATen body that runs. It returns no tensor that shares memory with a part (except
-            "dense" in its own dtype: the weight itself).
+            "dense", "bf16" and "fp16" in their own dtype: the weight itself).
         bits: bits per weight, scales included (what does not grow with the weight is left out; "dense": as fp32).
         error: relative error (Frobenius norm) of the stored values of a Gaussian weight, measured on [2048, 2048]; NaN where
             nothing here quantizes to it.

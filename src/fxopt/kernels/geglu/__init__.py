@@ -5,6 +5,7 @@ from fxopt.kernels.op import FusedOp, Kernel, register
 
 _BACKWARD = Kernel(
     "geglu_backward(Tensor dy, Tensor gate, Tensor up, str approximate, bool[2] output_mask) -> (Tensor, Tensor)",
+    rows=frozenset({0, 1, 2}),
     body=body.backward,
     fake=body.backward_fake,
     cuda="fxopt.kernels.geglu.triton:backward",
@@ -21,6 +22,7 @@ OP = register(
     FusedOp(
         forward=Kernel(
             "geglu(Tensor gate, Tensor up, str approximate) -> Tensor",
+            rows=frozenset({0, 1}),
             body=body.forward,
             fake=body.forward_fake,
             cuda="fxopt.kernels.geglu.triton:forward",

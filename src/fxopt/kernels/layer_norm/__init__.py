@@ -6,6 +6,7 @@ from fxopt.kernels.op import FusedOp, Kernel, register
 _BACKWARD = Kernel(
     "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
     "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    rows=frozenset({0, 1, 4, 5}),
     body=body.backward,
     fake=body.backward_fake,
     cuda="fxopt.kernels.layer_norm.triton:backward",
@@ -22,6 +23,7 @@ OP = register(
     FusedOp(
         forward=Kernel(
             "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
+            rows=frozenset({0}),
             body=body.forward,
             fake=body.forward_fake,
             cuda="fxopt.kernels.layer_norm.triton:forward",

@@ -8,6 +8,7 @@ _BACKWARD = Kernel(
     "lora_linear_backward(Tensor?[] dys, Tensor? x, Tensor[] bases, str[] formats, SymInt[] shapes, Tensor[] biases, "
     "Tensor[] lora_a, Tensor[] lora_b, Tensor low, float[] scales, bool transposed, float dropout, Tensor? seeds, "
     "bool[] output_mask) -> Tensor[]",
+    rows=frozenset({0, 1, 8}),
     body=body.backward,
     fake=body.backward_fake,
     cuda="fxopt.kernels.lora_linear.triton:backward",
@@ -44,6 +45,7 @@ OP = register(
         forward=Kernel(
             "lora_linear(Tensor x, Tensor[] bases, str[] formats, SymInt[] shapes, Tensor[] biases, Tensor[] lora_a, "
             "Tensor[] lora_b, float[] scales, bool transposed, float dropout, Tensor? seeds) -> Tensor[]",
+            rows=frozenset({0}),
             body=body.forward,
             fake=body.forward_fake,
             cuda="fxopt.kernels.lora_linear.triton:forward",

@@ -31,8 +31,8 @@ class Sibling:
     columns: slice
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """The base as a dense matrix: a temporary where it is quantized, the weight itself where it is dense."""
-        if self.format == "dense":
+        """The base as a dense matrix: a temporary where it is quantized, the weight itself where it is dense, or stored in this dtype."""
+        if self.format == "dense" or self.base[0].dtype == dtype:  # the parts of other formats are codes
             return self.base[0]
         return torch.ops.fxopt.dequantize(self.base, self.format, self.shape, dtype)
 

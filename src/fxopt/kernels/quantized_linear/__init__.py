@@ -6,6 +6,7 @@ from fxopt.kernels.quantized_linear import body, reference
 _BACKWARD = Kernel(
     "quantized_linear_backward(Tensor dy, Tensor[] base, str format, SymInt[] shape, Tensor? bias, bool transposed, "
     "bool[2] output_mask) -> (Tensor, Tensor)",
+    rows=frozenset({0}),
     body=body.backward,
     fake=body.backward_fake,
     cuda="fxopt.kernels.quantized_linear.triton:backward",
@@ -25,6 +26,7 @@ OP = register(
     FusedOp(
         forward=Kernel(
             "quantized_linear(Tensor x, Tensor[] base, str format, SymInt[] shape, Tensor? bias, bool transposed) -> Tensor",
+            rows=frozenset({0}),
             body=body.forward,
             fake=body.forward_fake,
             cuda="fxopt.kernels.quantized_linear.triton:forward",

@@ -6,6 +6,7 @@ from fxopt.kernels.rms_norm import body, reference
 _BACKWARD = Kernel(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, float offset, "
     "bool[2] output_mask) -> (Tensor, Tensor)",
+    rows=frozenset({0, 1, 3}),
     body=body.backward,
     fake=body.backward_fake,
     cuda="fxopt.kernels.rms_norm.triton:backward",
@@ -24,6 +25,7 @@ OP = register(
     FusedOp(
         forward=Kernel(
             "rms_norm(Tensor x, Tensor? weight, float eps, float offset, str casting) -> (Tensor, Tensor)",
+            rows=frozenset({0}),
             body=body.forward,
             fake=body.forward_fake,
             cuda="fxopt.kernels.rms_norm.triton:forward",

@@ -6,6 +6,7 @@ from fxopt.kernels.rope import body, reference
 _BACKWARD = Kernel(
     "rope_backward(Tensor? dq, Tensor? dk, Tensor cos, Tensor sin, bool interleaved, bool half_tables) "
     "-> (Tensor, Tensor)",
+    rows=frozenset({0, 1, 2, 3}),
     body=body.backward,
     fake=body.backward_fake,
     cuda="fxopt.kernels.rope.triton:backward",
@@ -24,6 +25,7 @@ OP = register(
         forward=Kernel(
             "rope(Tensor q, Tensor? k, Tensor cos, Tensor sin, bool interleaved, bool half_tables) "
             "-> (Tensor, Tensor)",
+            rows=frozenset({0, 1, 2, 3}),
             body=body.forward,
             fake=body.forward_fake,
             cuda="fxopt.kernels.rope.triton:forward",

@@ -5,6 +5,7 @@ from fxopt.kernels.swiglu import body, reference
 
 _BACKWARD = Kernel(
     "swiglu_backward(Tensor dy, Tensor gate, Tensor up, bool[2] output_mask) -> (Tensor, Tensor)",
+    rows=frozenset({0, 1, 2}),
     body=body.backward,
     fake=body.backward_fake,
     cuda="fxopt.kernels.swiglu.triton:backward",
@@ -21,6 +22,7 @@ OP = register(
     FusedOp(
         forward=Kernel(
             "swiglu(Tensor gate, Tensor up) -> Tensor",
+            rows=frozenset({0, 1}),
             body=body.forward,
             fake=body.forward_fake,
             cuda="fxopt.kernels.swiglu.triton:forward",
