@@ -25,6 +25,7 @@ from fxopt.runtime.install import install
 from fxopt.runtime.binding import Binding, live_state
 from fxopt.runtime.recompute import recomputed
 from fxopt.runtime.region import RegionRunner
+from fxopt.runtime.smaller import on, smaller
 from fxopt.runtime.watched import Watched
 
 log = logging.getLogger("fxopt")
@@ -56,6 +57,7 @@ class Entry:
     raw: Program
     guards: ShapeGuards
     assumptions: tuple[Assumption, ...] | None = None
+    begun: tuple[Pipeline, Program] | None = None  # the program behind the last pass that assumes something
     assuming: Lowered | None = None
     plain: Lowered | None = None
     edges: set[Any] = field(default_factory=set)
@@ -172,15 +174,18 @@ class Dispatcher:
         return (call.spec, tuple(constants), kinds, modes, self._watched.attributes(),
                 tuple((p.requires_grad, p.dtype, p.shape) for p in self.model.parameters()))
 
-    def _variant(self, entry: Entry, call: Call) -> Lowered:
-        """The entry's program for a call: with the assumptions if the call meets them, else without. Made when first needed."""
+    def _variant(self, entry: Entry, call: Call, check: Call | None = None) -> Lowered:
+        """The entry's program for a call: with the assumptions if the call meets them, else without. Made when first needed.
+        With `check`, the capture is compared with the model on that call before weights are adapted."""
         if entry.assumptions is None:
-            entry.assumptions = _assumptions(self.passes, entry.raw)
+            last = _assuming(self.passes)
+            entry.begun = self.passes, pipelines.run(Pipeline(tuple(self.passes)[:last]), entry.raw) if last else entry.raw
+            entry.assumptions = entry.begun[1].assumptions
         index = {node.name: i for i, node in enumerate(entry.raw.placeholders)}
         assuming = bool(entry.assumptions) and all(a.holds(call.tensors[index[a.leaf]]) for a in entry.assumptions)
         found = entry.assuming if assuming else entry.plain
         if found is None:
-            found = self._lower(entry.raw, self.passes if assuming or not entry.assumptions else _without_assumptions(self.passes), call)
+            found = self._lower(entry, self.passes if assuming or not entry.assumptions else _without_assumptions(self.passes), call, check)
             if assuming:
                 entry.assuming = found
             else:
@@ -217,10 +222,7 @@ class Dispatcher:
         return entry
 
     def _attempt(self, call: Call, exact: bool, share: bool = True) -> Entry:
-        """Capture, check, optimize and check again. With `exact`, for the call's own sizes of 0 and 1 alone.
-
-        Repeated blocks are traced once (`share`); if a check then fails before weights were adapted, each of them is.
-        """
+        """Capture, check, optimize and check again. `exact`: for the call's own sizes of 0 and 1 alone. `share`: trace repeated blocks once."""
         with adapted.skeleton(self.model):
             raw = capture(self.model, call, exact=exact, share=share, note=self.note)
         if self.installed is not None:
@@ -243,24 +245,32 @@ class Dispatcher:
 
     def _prove(self, entry: Entry, call: Call, edge: bool) -> None:
         """Make the entry's program for a call, with the checks that are due."""
-        raw = entry.raw
         fresh, prove = self.installed is None, self.check or edge
-        small = self._small(entry, call) if self.check else call
-        outcome = self._compare_original(raw, small) if prove and fresh and self._changes_function() else None
-        usable = self._variant(entry, call)
-        if outcome is not None:
-            usable.checks.append(f"capture against the model: {outcome}")
+        changed = fresh and self._changes_function()
+        sequences = not any(getattr(p, "budget", None) is not None for p in self.passes)  # a plan holds for one length
+        small = self._small(entry, call, sequences) if self.check else call
+        usable = self._variant(entry, call, small if prove and changed else None)
         if prove:
-            against = "its graph" if fresh and self._changes_function() else "the model"
-            usable.checks.append(f"program against {against}: {self._compare_lowered(usable, small, fresh)}")
+            # where a size is 0 or 1 the original code is the reference, or the same proof is due when such a call comes
+            against = "its graph" if changed and not edge else "the model"
+            usable.checks.append(f"program against {against}: {self._compare_lowered(usable, small, fresh and not edge)}{on(small, call)}")
+            if edge:
+                entry.edges.add(_edges(tuple(tuple(t.shape) for t in call.tensors)))
 
-    def _lower(self, raw: Program, passes: Pipeline, call: Call) -> Lowered:
+    def _lower(self, entry: Entry, passes: Pipeline, call: Call, check: Call | None) -> Lowered:
+        raw, begun = entry.raw, entry.begun
         if self.verify is not None and self.installed is not None:
             raise CallError("verify=\"values\" covers the first capture of a model whose weights are adapted",
                             do="optimize a fresh model to verify another kind of call")
         sample = Sample(call.tensors, live_state(self.model, list(raw.slots.keys() - raw.constants.keys()))) if self.installed is None else None
-        program = pipelines.run(passes, raw, verify=self.verify, sample=sample)
+        if begun is not None and begun[0] is passes and self.verify is None and self.installed is None:
+            program = pipelines.run(Pipeline(tuple(passes)[_assuming(passes):]), begun[1], sample=sample)
+        else:
+            program = pipelines.run(passes, raw, verify=self.verify, sample=sample)
         del sample  # it holds the dense weights, which installing frees
+        checks = []
+        if check is not None:
+            checks.append(f"capture against the model: {self._compare_original(raw, check, selfcheck.learning(program))}{on(check, call)}")
         if install(self.model, program):
             self._watched, self.installed = None, adapted.installed(self.model)
             if self.active is not None:
@@ -268,7 +278,7 @@ class Dispatcher:
         schedule = regions.cut(program, regions.repeated_blocks(self.model))
         for reason in schedule.dissolved:
             self.note(f"not a region of its own: {reason}")
-        return Lowered(program, schedule, writes=any(writes_input(node) for node in program.nodes))
+        return Lowered(program, schedule, writes=any(writes_input(node) for node in program.nodes), checks=checks)
 
     def _changes_function(self) -> bool:
         """Whether a pass of the pipeline promises another function or other gradients than the model's."""
@@ -276,16 +286,13 @@ class Dispatcher:
 
     # -- checking --------------------------------------------------------------------------------------------------
 
-    def _small(self, entry: Entry, call: Call) -> Call:
-        """The call cut to its first two samples, if all its tensors have a batch and the program covers two: checks cost less."""
-        sizes = {t.shape[0] if t.dim() else 0 for t in call.tensors}
-        if len(sizes) != 1 or sizes.pop() <= 2:
-            return call
-        tensors = tuple(t.detach()[:2].clone().requires_grad_(t.requires_grad) for t in call.tensors)
-        if entry.guards.check(tuple(tuple(t.shape) for t in tensors)) != "ok":
-            return call
-        flat = [o for o in self._peek(Call(call.spec, call.leaves, tensors)) if isinstance(o, torch.Tensor) and o.is_floating_point()]
-        return Call(call.spec, call.leaves, tensors) if all(bool(o.isfinite().all()) for o in flat) else call
+    def _small(self, entry: Entry, call: Call, sequences: bool) -> Call:
+        """A part of the call on which the model computes finite numbers and a loss, if the program covers it: checks cost less."""
+        for part in smaller(entry.raw, entry.guards, call, sequences):
+            flat = [o for o in self._peek(part) if isinstance(o, torch.Tensor) and o.is_floating_point()]
+            if all(bool(o.isfinite().all()) for o in flat) and all(float(o) != 0.0 for o in flat if o.dim() == 0):
+                return part
+        return call
 
     def _peek(self, call: Call) -> list[Any]:
         """The model's flat outputs, with state and random state put back."""
@@ -296,10 +303,10 @@ class Dispatcher:
         with recomputed():
             return type(self.model).forward(self.model, *args, **kwargs)
 
-    def _compare_original(self, raw: Program, call: Call) -> selfcheck.Outcome:
+    def _compare_original(self, raw: Program, call: Call, wanted: frozenset[str]) -> selfcheck.Outcome:
         state = live_state(self.model, list(raw.slots.keys() - raw.constants.keys()))
         return self._compare(lambda given: self._original(call, given), lambda given: raw.run(given, state), call,
-                             f"the captured graph of {type(self.model).__name__}")
+                             f"the captured graph of {type(self.model).__name__}", wanted)
 
     def _compare_lowered(self, lowered: Lowered, call: Call, fresh: bool) -> selfcheck.Outcome:
         """The bound program against the original code, whose weights are the adapted ones.
@@ -320,13 +327,13 @@ class Dispatcher:
 
         return self._compare(original, lambda given: binding([t.contiguous() for t in given]), call, f"the optimized {type(self.model).__name__}")
 
-    def _compare(self, original: selfcheck.Run, graph: selfcheck.Run, call: Call, what: str) -> selfcheck.Outcome:
-        expected, found = (selfcheck.step(self.model, run, call.tensors, SEED) for run in (original, graph))
-        return selfcheck.compare(self.model, expected, found, what, lambda: selfcheck.rounded(self.model, original, call.tensors, SEED))
+    def _compare(self, original: selfcheck.Run, graph: selfcheck.Run, call: Call, what: str, wanted: frozenset[str] | None = None) -> selfcheck.Outcome:
+        expected, found = (selfcheck.step(self.model, run, call.tensors, SEED, wanted) for run in (original, graph))
+        return selfcheck.compare(self.model, expected, found, what, lambda: selfcheck.rounded(self.model, original, call.tensors, SEED, wanted))
 
     def _edge(self, entry: Entry, call: Call, shapes: Any) -> str:
         """A size of 0 or 1 where the capture assumed at least 2: proven by one comparison per pattern of such sizes."""
-        pattern = tuple(tuple(size if size < 2 else -1 for size in shape) for shape in shapes)
+        pattern = _edges(shapes)
         if pattern in entry.edges:
             return "ok"
         try:
@@ -353,12 +360,14 @@ class Dispatcher:
             log.warning("fxopt: %s", text)
 
 
-def _assumptions(passes: Pipeline, raw: Program) -> tuple[Assumption, ...]:
-    """What the pipeline would assume of the inputs: its passes are run up to the last one that may assume something."""
-    may = [i for i, p in enumerate(passes) if getattr(p, "assume", False)]
-    if not may:
-        return ()
-    return pipelines.run(Pipeline(tuple(passes)[: may[-1] + 1]), raw).assumptions
+def _edges(shapes: Any) -> Any:
+    """Which sizes are 0 or 1."""
+    return tuple(tuple(size if size < 2 else -1 for size in shape) for shape in shapes)
+
+
+def _assuming(passes: Pipeline) -> int:
+    """How many passes there are up to the last one that may assume something of the inputs."""
+    return max((i + 1 for i, p in enumerate(passes) if getattr(p, "assume", False)), default=0)
 
 
 def writes_input(node: fx.Node) -> bool:

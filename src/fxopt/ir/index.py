@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -135,18 +136,33 @@ def sharing(node: fx.Node) -> Iterator[fx.Node]:
     if not isinstance(target, torch._ops.OpOverload):
         yield from node.all_input_nodes  # getitem, and higher-order operators, of which nothing is known
         return
-    if target in _FRESH:
+    kind, marked = _shares(target)
+    if kind == "nothing":
         return
     if target in _CASTS and meta.tensor(node) is not None and meta.tensor(node.args[0]) is not None and meta.tensor(node).dtype != meta.tensor(node.args[0]).dtype:
         return  # converting copies
-    schema = target._schema
-    marked = [a.name for a in schema.arguments if a.alias_info is not None]
-    if marked and any(r.alias_info is not None for r in schema.returns):
+    if kind == "marked":
         given = _by_name(node)
         for name in marked:
             yield from _nodes(given.get(name))
-    elif not marked and target._can_decompose():
+    else:
         yield from node.all_input_nodes  # a composite without annotations, such as dropout, may return its input
+
+
+@functools.cache
+def _shares(target: torch._ops.OpOverload) -> tuple[str, tuple[str, ...]]:
+    """What an operator's value may share memory with: "nothing", the "marked" arguments, or "any" of them."""
+    marked = tuple(a.name for a in target._schema.arguments if a.alias_info is not None)
+    if target in _FRESH:
+        return "nothing", ()
+    if marked and any(r.alias_info is not None for r in target._schema.returns):
+        return "marked", marked
+    return ("any", ()) if not marked and target._can_decompose() else ("nothing", ())
+
+
+@functools.cache
+def _names(target: torch._ops.OpOverload) -> tuple[str, ...]:
+    return tuple(a.name for a in target._schema.arguments)
 
 
 def writes(node: fx.Node) -> Iterator[fx.Node]:
@@ -160,8 +176,7 @@ def writes(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _by_name(node: fx.Node) -> dict[str, Any]:
-    names = [a.name for a in node.target._schema.arguments]
-    return {**dict(zip(names, node.args)), **node.kwargs}
+    return {**dict(zip(_names(node.target), node.args)), **node.kwargs}
 
 
 def _nodes(value: Any) -> Iterator[fx.Node]:

@@ -96,7 +96,10 @@ def tensor(node: Any) -> torch.Tensor | None:
 
 def tensors(node: fx.Node) -> list[torch.Tensor]:
     """All fake tensors in a node's value."""
-    return [leaf for leaf in pytree.tree_leaves(value(node)) if isinstance(leaf, torch.Tensor)]
+    val = value(node)
+    if isinstance(val, torch.Tensor):
+        return [val]
+    return [leaf for leaf in pytree.tree_leaves(val) if isinstance(leaf, torch.Tensor)]
 
 
 def describe(val: Any) -> str:

@@ -51,12 +51,26 @@ class Fuse(Pass):
     def run(self, edit: Edit) -> None:
         """Larger patterns first: a smaller one may be a part of a larger one."""
         nears: list[tuple[Near, Rule]] = []
+        flows = _Flows(edit)
         for rule in rules():
             if not self.ops or rule.op.name in self.ops:
-                nears += rule.apply(edit)
+                nears += rule.apply(edit, flows)
         rotations.tidy(edit)
         residual.fold(edit, self.ops or residual.OPS)
         _report(edit, nears)
+
+
+class _Flows:
+    """The facts about the edited graph, made when asked for and kept until something is rewritten."""
+
+    def __init__(self, edit: Edit) -> None:
+        self.edit, self.count, self.flow = edit, -1, None
+
+    def now(self) -> Flow:
+        """Those of the graph as it is."""
+        if self.flow is None or self.count != len(self.edit.rewrites):
+            self.flow, self.count = Flow(self.edit.graph, self.edit.slots), len(self.edit.rewrites)
+        return self.flow
 
 
 @dataclass(frozen=True)
@@ -74,22 +88,22 @@ class Rule:
         code = self.pattern.fn.__code__
         return f"{self.op.name}.{self.pattern.name} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
 
-    def apply(self, edit: Edit) -> list[tuple[Near, Rule]]:
+    def apply(self, edit: Edit, flows: _Flows | None = None) -> list[tuple[Near, Rule]]:
         """Rewrite every match; returns the near-misses."""
         nears = []
-        alive = set(edit.nodes)
-        flow = Flow(edit.graph, edit.slots)
-        for node in edit.nodes:
-            if node not in alive or not self.matcher.worth(node):
+        worth = [node for node in edit.graph.nodes if self.matcher.worth(node)]
+        flow = (flows or _Flows(edit)).now() if worth else None
+        gone: set[fx.Node] = set()
+        for node in worth:
+            if node in gone:
                 continue
             found = self.matcher.at(node, lambda inputs, scalars: self._refusal(flow, inputs, scalars))
             if isinstance(found, Near):
                 nears.append((found, self))
             elif found is not None:
-                reason = self._unsafe(flow, found) or self._rewrite(edit, found)
+                reason = self._unsafe(flow, found) or self._rewrite(edit, found, gone)
                 if reason is not None:
                     nears.append((Near(found.anchor, reason, self.matcher.sketch.size + 1, found.nodes), self))
-                alive = set(edit.nodes)
         return nears
 
     def _refusal(self, flow: Flow, inputs: Mapping[str, fx.Node], scalars: Mapping[str, Any]) -> str | None:
@@ -112,8 +126,8 @@ class Rule:
         marks = {meta.provenance(node).checkpoint for node in match.nodes}
         return None if len(marks) == 1 else "it is partly inside a checkpointed region"
 
-    def _rewrite(self, edit: Edit, match: Match) -> str | None:
-        """Put the op in; returns why not."""
+    def _rewrite(self, edit: Edit, match: Match, gone: set[fx.Node]) -> str | None:
+        """Put the op in; returns why not. Adds what is erased to `gone`."""
         made: list[fx.Node] = []
 
         def apply(fn: Callable[..., torch.Tensor], *inputs: fx.Node) -> fx.Node:
@@ -137,9 +151,12 @@ class Rule:
                 edit.erase(node)
             return reason
         edit.replace(match.anchor, made[-1], rule=self.name)
-        for node in sorted(match.nodes, key=edit.nodes.index, reverse=True):
-            if not node.users:
+        waiting = set(match.nodes)
+        while unread := [node for node in waiting if not node.users]:
+            for node in unread:
                 edit.erase(node)
+            waiting.difference_update(unread)
+            gone.update(unread)
         return None
 
 

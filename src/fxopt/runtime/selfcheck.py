@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import re
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +14,14 @@ import torch.nn as nn
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import CaptureError
+from fxopt.ir.program import Program
 from fxopt.ir.structure import opened
 from fxopt.kernels.tolerance import SELF_CHECK, SELF_CHECK_FLOOR, SELF_CHECK_RESPONSE, SELF_CHECK_ROUNDINGS
 from fxopt.runtime.binding import locate
 
-# Gradients of one step are compared whole up to this many bytes; beyond, every k-th parameter is.
-GRADIENT_BYTES = 2 << 30
+# All gradients of a step are compared up to this many bytes; beyond, those of some parameters of each kind (see `chosen`).
+GRADIENT_BYTES = 512 << 20
+_NUMBER = re.compile(r"\d+")
 
 
 Run = Callable[[Sequence[torch.Tensor]], Any]
@@ -75,22 +79,50 @@ def _copies(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [made.setdefault(id(t), t.detach().clone().requires_grad_(t.requires_grad)) for t in inputs]
 
 
-def step(model: nn.Module, run: Run, inputs: Sequence[torch.Tensor], seed: int) -> Step:
-    """Run once on copies of the inputs under a seed, take all gradients of the sum of the losses (or of a fixed random projection of the outputs)."""
+def learning(program: Program) -> frozenset[str]:
+    """The model's own parameters whose gradients training will use: those that learn, and those that an adapter stands beside."""
+    made = [slot.made for slot in program.slots.values() if slot.made is not None]
+    beside = {name for m in made for name in (m.source, getattr(m.facts, "target", None)) if name is not None}
+    return frozenset(name for name, slot in program.slots.items() if slot.made is None and (program.trainable(name) or name in beside))
+
+
+def chosen(named: Sequence[tuple[str, torch.Tensor]], limit: int = GRADIENT_BYTES) -> list[tuple[str, torch.Tensor]]:
+    """The parameters whose gradients are compared: all, or as many as fit in `limit` bytes, but of each kind at least the first.
+
+    Parameters are of one kind if their names are equal but for the numbers in them: the same weight of repeated layers. Of each
+    kind the first, the last, and then those between, in turns.
+    """
+    kinds: dict[str, list[int]] = {}
+    for i, (name, _) in enumerate(named):
+        kinds.setdefault(_NUMBER.sub("*", name), []).append(i)
+    turns = itertools.zip_longest(*([found[0], *found[:0:-1]] for found in kinds.values()))
+    taken: list[int] = []
+    for round_, turn in enumerate(turns):
+        for i in turn:
+            if i is not None and (round_ == 0 or (limit - named[i][1].nbytes) >= 0):
+                taken.append(i)
+                limit -= named[i][1].nbytes
+    return [named[i] for i in sorted(taken)]
+
+
+def step(model: nn.Module, run: Run, inputs: Sequence[torch.Tensor], seed: int, wanted: Container[str] | None = None) -> Step:
+    """Run once on copies of the inputs under a seed, take the gradients of the sum of the losses (or of a fixed random projection of the outputs).
+
+    Args:
+        wanted: names of parameters; None: all that take a gradient.
+    """
     inputs = _copies(inputs)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and (wanted is None or name in wanted)]
     named += [(f"input {i}", t) for i, t in enumerate(inputs) if t.requires_grad]
-    total = sum(p.numel() * p.element_size() for _, p in named)
-    stride = max(1, -(-total // GRADIENT_BYTES))
-    chosen = named[::stride]
+    chosen_ = chosen(named)
     with _restored(model, _devices(model, inputs)):
         torch.manual_seed(seed)
         outputs = pytree.tree_leaves(opened(run(inputs)))
-        gradients: dict[str, torch.Tensor | None] = {name: None for name, _ in chosen}
+        gradients: dict[str, torch.Tensor | None] = {name: None for name, _ in chosen_}
         floats = [o for o in outputs if isinstance(o, torch.Tensor) and o.is_floating_point() and o.requires_grad]
-        if torch.is_grad_enabled() and floats and chosen:
+        if torch.is_grad_enabled() and floats and chosen_:
             losses = [o for o in floats if o.dim() == 0] or [_projected(o) for o in floats]
-            gradients = dict(zip(gradients, _gradients(torch.stack([x.double() for x in losses]).sum(), [p for _, p in chosen])))
+            gradients = dict(zip(gradients, _gradients(torch.stack([x.double() for x in losses]).sum(), [p for _, p in chosen_])))
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
         plain = [o.detach().clone() if isinstance(o, torch.Tensor) else o for o in outputs]
     return Step(plain, gradients, buffers)
@@ -120,7 +152,7 @@ def _projected(output: torch.Tensor) -> torch.Tensor:
     return (output * direction).sum() / max(output.numel(), 1) ** 0.5
 
 
-def rounded(model: nn.Module, run: Run, inputs: Sequence[torch.Tensor], seed: int) -> list[Step]:
+def rounded(model: nn.Module, run: Run, inputs: Sequence[torch.Tensor], seed: int, wanted: Container[str] | None = None) -> list[Step]:
     """Steps of the original with every parameter moved by one rounding of its dtype: how much rounding alone can do."""
     kept = [(p, p.detach().clone()) for p in model.parameters() if p.is_floating_point()]
     found = []
@@ -131,7 +163,7 @@ def rounded(model: nn.Module, run: Run, inputs: Sequence[torch.Tensor], seed: in
                 for p, value in kept:
                     signs = torch.randint(0, 2, value.shape, generator=generator, dtype=torch.int8).to(p.device) * 2 - 1
                     p.copy_((value.double() * (1 + torch.finfo(p.dtype).eps * signs)).to(p.dtype))
-            found.append(step(model, run, inputs, seed))
+            found.append(step(model, run, inputs, seed, wanted))
     finally:
         with torch.no_grad():
             for p, value in kept:
@@ -157,7 +189,7 @@ def compare(model: nn.Module, expected: Step, found: Step, what: str, rounding: 
     dtypes |= {torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
     coarsest = max(SELF_CHECK.get(dtype, 0.0) for dtype in dtypes)
     floor = max(SELF_CHECK_FLOOR, SELF_CHECK_ROUNDINGS * max(torch.finfo(dtype).eps for dtype in dtypes))
-    total = max([float(g.double().norm()) for g in expected.gradients.values() if g is not None] or [0.0])
+    total = max([_length(g) for g in expected.gradients.values() if g is not None] or [0.0])
     pairs = [(f"output {i}", a, b, 0.0) for i, (a, b) in enumerate(zip(expected.outputs, found.outputs))]
     pairs += [(f"the gradient of {name}", grad, found.gradients.get(name), total * floor) for name, grad in expected.gradients.items()]
     pairs += [(f"buffer {name}", b, found.buffers.get(name), 0.0) for name, b in expected.buffers.items()]
@@ -200,7 +232,7 @@ def _relative(a: Any, b: Any, scale: float) -> float:
         return float("inf")
     if not (a.is_floating_point() or a.is_complex()):
         return 0.0 if torch.equal(a, b) else float("inf")
-    if a.numel() == 0:
+    if a.numel() == 0 or torch.equal(a, b):
         return 0.0
     x, y = (t.to(torch.complex128) if t.is_complex() else t.double() for t in (a, b))
     same = (x == y) | (x.isnan() & y.isnan())
@@ -209,6 +241,11 @@ def _relative(a: Any, b: Any, scale: float) -> float:
     difference = torch.where(same, torch.zeros_like(x), x - y)
     finite = torch.where(x.isfinite(), x, torch.zeros_like(x))
     return float(difference.abs().pow(2).sum().sqrt() / max(float(finite.abs().pow(2).sum().sqrt()), scale, 1e-30))
+
+
+def _length(tensor: torch.Tensor) -> float:
+    """The Frobenius norm in double precision, without a copy in it."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.complex128 if tensor.is_complex() else torch.float64))
 
 
 def _norm(value: Any) -> str:

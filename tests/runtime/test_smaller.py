@@ -1,0 +1,115 @@
+"""What the self-check runs on, and which gradients it compares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import fxopt
+from fxopt.errors import CaptureError
+from fxopt.ir.capture import Call, capture, guards
+from fxopt.runtime import selfcheck
+from fxopt.runtime.selfcheck import chosen
+from fxopt.runtime.smaller import smaller
+
+
+class Windowed(nn.Module):
+    """A token model whose tokens see `window` positions back."""
+
+    def __init__(self, window: int = 4) -> None:
+        super().__init__()
+        self.embed, self.head, self.window = nn.Embedding(11, 8), nn.Linear(8, 11), window
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x, at = self.embed(ids), torch.arange(ids.shape[1])
+        near = (at[:, None] >= at[None, :]) & (at[:, None] - at[None, :] < self.window)
+        x = (x @ x.transpose(1, 2)).masked_fill(~near, 0.0) @ x
+        return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def sizes(model: nn.Module, *tensors: torch.Tensor, sequences: bool = True) -> list[list[tuple[int, ...]]]:
+    call = Call.of(tensors, {})
+    program = capture(model, call)
+    return [[tuple(t.shape) for t in part.tensors] for part in smaller(program, guards(program), call, sequences)]
+
+
+def tokens(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(11, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def test_samples_and_positions_are_cut() -> None:
+    ids = tokens(5, 40)
+    assert sizes(Windowed(), ids, ids.clone()) == [[(2, 16)] * 2, [(2, 16)] * 2, [(2, 40)] * 2]
+    assert sizes(Windowed(), ids, ids.clone(), sequences=False) == [[(2, 40)] * 2]
+    assert sizes(Windowed(), ids[:1], ids[:1].clone()) == [[(1, 16)] * 2] * 2
+    assert sizes(Windowed(), ids[:2, :20], ids[:2, :20].clone()) == []
+
+
+def test_a_piece_reaches_beyond_a_window() -> None:
+    ids = tokens(2, 80)
+    assert sizes(Windowed(17), ids, ids.clone())[0][0] == (2, 19)
+    assert sizes(Windowed(60), ids, ids.clone()) == []  # more than half of it
+    assert sizes(Windowed(500), ids, ids.clone())[0][0] == (2, 16)  # beyond the call too
+
+
+def test_floating_point_inputs_keep_their_length() -> None:
+    assert sizes(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(5, 40, 4)) == [[(2, 40, 4)]]
+
+
+def test_the_piece_has_a_loss_and_the_report_says_its_sizes() -> None:
+    torch.manual_seed(0)
+    ids, labels = tokens(2, 40), tokens(2, 40)
+    labels[:, :30] = -100  # the mean over the first positions is that of nothing
+    opt = fxopt.optimize(Windowed(), "dead_code", inputs=(ids, labels))
+    assert "on sizes (2, 16), (2, 16)" in opt.report
+    labels[:] = -100
+    labels[:, 20] = 1
+    assert "on sizes" not in fxopt.optimize(Windowed(), "dead_code", inputs=(ids, labels)).report
+
+
+def named(layers: int, numel: int = 1) -> list[tuple[str, torch.Tensor]]:
+    return [(f"layers.{i}.{leaf}", torch.zeros(numel)) for i in range(layers) for leaf in ("a", "b", "c")] + [("head", torch.zeros(numel))]
+
+
+@pytest.mark.parametrize(("limit", "layers"), [(40 * 8, range(8)), (0, [0]), (4 * 7, [0, 7]), (4 * 10, [0, 6, 7])])
+def test_gradients_of_every_kind_are_compared(limit: int, layers: Any) -> None:
+    assert [name for name, _ in chosen(named(8), limit)] == [f"layers.{i}.{leaf}" for i in layers for leaf in ("a", "b", "c")] + ["head"]
+
+
+def test_only_what_training_uses_is_compared_and_what_adapters_stand_beside() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+    opt = fxopt.optimize(model, "lora(rank=2)", inputs=(torch.randn(3, 8),))
+    assert "1 of 6 gradients compared" in opt.report and "2 of 2 gradients compared" in opt.report
+
+
+def test_a_batch_of_one_is_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    count, step = [], selfcheck.step
+    monkeypatch.setattr(selfcheck, "step", lambda *args: count.append(0) or step(*args))
+    ids = tokens(1, 40)
+    model = Windowed()
+    opt = fxopt.optimize(model, "lora(rank=2)", inputs=(ids, ids.clone()))
+    before = len(count)
+    torch.testing.assert_close(opt(ids, ids.clone()), model(ids, ids.clone()))
+    assert before == 4 and len(count) == before
+
+
+def test_a_gradient_that_is_wrong_in_one_layer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = selfcheck.step
+
+    def wrong(model: nn.Module, run: Any, *args: Any) -> Any:
+        found = step(model, run, *args)
+        if wrong.calls == 1:
+            found.gradients["2.weight"].mul_(1.01)
+        wrong.calls += 1
+        return found
+
+    wrong.calls = 0
+    monkeypatch.setattr(selfcheck, "step", wrong)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    with pytest.raises(CaptureError, match=r"2\.weight"):
+        fxopt.optimize(model, "dead_code", inputs=(torch.randn(3, 8),))
