@@ -281,8 +281,8 @@ class Dispatcher:
         return Lowered(program, schedule, writes=any(writes_input(node) for node in program.nodes), checks=checks)
 
     def _changes_function(self) -> bool:
-        """Whether a pass of the pipeline promises another function or other gradients than the model's."""
-        return any(p.promise.values == "bounded" or p.promise.gradients == "declared" for p in self.passes)
+        """Whether a pass of the pipeline promises another function, other gradients or other outputs than the model's."""
+        return any(p.promise.values == "bounded" or "declared" in (p.promise.gradients, p.promise.outputs) for p in self.passes)
 
     # -- checking --------------------------------------------------------------------------------------------------
 
@@ -319,6 +319,7 @@ class Dispatcher:
         names = [n for n in program.slots if n not in program.constants and _read(program, n)]
 
         drops = program.training and any(getattr(p, "dropout", 0.0) for p in self.passes)  # on activations: no weight shows it
+        drops = drops or any(p.promise.outputs == "declared" for p in self.passes)
 
         def original(given: Sequence[torch.Tensor]) -> Any:
             if drops or fresh and self._changes_function():

@@ -8,6 +8,7 @@ owns the memory. Views that the program itself returns are taken after the last 
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -170,6 +171,7 @@ def lazy_nodes(program: Program) -> dict[str, tuple[fx.Node, ...]]:
     names = {fact.node for fact in program.facts if isinstance(fact, Lazy)}
     eager = [n for n in program.outputs if isinstance(n, fx.Node) and n.name not in names]
     needed = _ancestors([*eager, *(n for n in program.graph.nodes if n.op == "call_function" and effectful(n))])
+    needed |= {user for node in needed for user in node.users if user.target is operator.getitem}  # a tuple does not leave its region
     found = {}
     for node in program.outputs:
         if isinstance(node, fx.Node) and node.name in names and node not in needed:

@@ -22,6 +22,7 @@ class Promise:
             with a stated bound, such as quantization), "same" (only tags; nothing is recomputed).
         gradients: "all" (every parameter that took a gradient still does), or "declared" (the pass freezes some by name).
         bound: for "bounded", the relative error of the replaced values (Frobenius norm), as the pass documents it.
+        outputs: "all", or "declared" (parts of what the model returns beside the loss, which the pass documents, have other values).
         rounds: the coarsest dtype in which the pass computes what the model computes in a wider one; a comparison with the model has to
             allow for as much as in a model of that dtype. None: dtypes stay.
         random: "same" (the same random operations in the same order, so one seed gives the same numbers), or "declared".
@@ -32,6 +33,7 @@ class Promise:
     bound: float | None = None
     rounds: torch.dtype | None = None
     random: str = "same"
+    outputs: str = "all"
 
 
 @dataclass(frozen=True)

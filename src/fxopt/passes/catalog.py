@@ -5,12 +5,14 @@ from __future__ import annotations
 from fxopt.passes.base import Pass
 from fxopt.passes.canonicalize import Canonicalize
 from fxopt.passes.causal import Causal
+from fxopt.passes.compact import Compact
 from fxopt.passes.dead_code import DeadCode
 from fxopt.passes.denominator import Denominator
 from fxopt.passes.fuse import Fuse
 from fxopt.passes.lora import Lora
 from fxopt.passes.loss import Loss
 from fxopt.passes.memory import Memory
+from fxopt.passes.pack import Pack
 from fxopt.passes.precision import Precision
 from fxopt.passes.quantize import Quantize
 from fxopt.passes.remat import Remat
@@ -24,6 +26,8 @@ PASSES: tuple[type[Pass], ...] = (
     Siblings,
     Fuse,
     Loss,
+    Pack,
+    Compact,
     Precision,
     Denominator,
     Remat,

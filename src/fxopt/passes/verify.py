@@ -130,7 +130,7 @@ def upcast(value: torch.Tensor) -> torch.Tensor:
 
 
 def values(program: Program, inputs: Sequence[torch.Tensor], state: Mapping[str, torch.Tensor], *, double: bool = False,
-           draws: Draws | None = None, noise: int | None = None) -> dict[str, torch.Tensor]:
+           draws: Draws | None = None, noise: int | None = None, scalars: bool = False) -> dict[str, torch.Tensor]:
     """Everything a step shows, by name: `output 0`, `gradient of w`, `gradient of input x`, `buffer b`.
 
     The gradients are those of the sum of all float outputs, each times a fixed random tensor. The random state is reset
@@ -140,6 +140,7 @@ def values(program: Program, inputs: Sequence[torch.Tensor], state: Mapping[str,
         double: compute every float in fp64: the reference.
         draws: random tensors recorded by an earlier run, or to be recorded here.
         noise: with `double`, put roundings back in random directions, by this seed.
+        scalars: leave out outputs that have dimensions (see `Promise.outputs`).
     """
     take = upcast if double else (lambda value: value)
     held = {name: take(value.detach()).clone().requires_grad_(name in program.slots and program.trainable(name)) for name, value in state.items()}
@@ -151,6 +152,7 @@ def values(program: Program, inputs: Sequence[torch.Tensor], state: Mapping[str,
         torch.set_default_dtype(torch.float64 if double else default)
         try:
             outputs = _Run(program, held, double, draws or Draws(), generator).run(*given)
+            outputs = [None if scalars and isinstance(out, torch.Tensor) and out.dim() else out for out in outputs]
         finally:
             torch.set_default_dtype(default)
         seeds = []
@@ -180,7 +182,7 @@ def materialize(program: Program, state: Mapping[str, torch.Tensor]) -> dict[str
 
 def _drawn(program: Program) -> list[str]:
     """What the program's random operations draw, in order."""
-    return [str(node.target) for node in program.nodes if node.op == "call_function" and random(node)]
+    return [f"{node.target} {meta.describe(meta.value(node))}" for node in program.nodes if node.op == "call_function" and random(node)]
 
 
 def check(pass_: Pass, before: Program, after: Program, inputs: Sequence[torch.Tensor], state: Mapping[str, torch.Tensor]) -> str:
@@ -201,9 +203,9 @@ def check(pass_: Pass, before: Program, after: Program, inputs: Sequence[torch.T
         return "values not compared: the pass promises an approximation"
     if pass_.promise.random == "declared" and _drawn(before) != _drawn(after):
         return "values not compared: the pass draws random numbers of its own, and the others come out differently"
-    draws = Draws()
-    old = values(before, inputs, state, draws=draws)
-    new = values(after, inputs, state)
+    draws, scalars = Draws(), pass_.promise.outputs == "declared"
+    old = values(before, inputs, state, draws=draws, scalars=scalars)
+    new = values(after, inputs, state, scalars=scalars)
     shared = [name for name in old if name in new]
     lost = [name for name in old if name not in new and not (name.startswith("gradient of ") and pass_.promise.gradients == "declared")]
     if lost:
@@ -215,11 +217,11 @@ def check(pass_: Pass, before: Program, after: Program, inputs: Sequence[torch.T
                                  do=f"this is a bug of {pass_.name}: it promises exactly equal values")
         return f"values compared: {len(shared)} tensors bitwise equal"
     draws.replay = True
-    truth = values(before, inputs, state, double=True, draws=draws)
+    truth = values(before, inputs, state, double=True, draws=draws, scalars=scalars)
     spread: dict[str, float] = {}
     ratios: dict[str, float] = {}
     # one run is now and then exact by luck: before a pass is blamed, see what rounding can do, by ever more runs
-    for errors in _rounding(before, inputs, state, old, truth, draws):
+    for errors in _rounding(before, inputs, state, old, truth, draws, scalars):
         for name, error in errors.items():
             spread[name] = max(spread.get(name, 0.0), error)
         ratios = {name: excess(new[name], old[name], truth[name], spread[name]) for name in shared}
@@ -233,11 +235,11 @@ def check(pass_: Pass, before: Program, after: Program, inputs: Sequence[torch.T
 
 
 def _rounding(program: Program, inputs: Sequence[torch.Tensor], state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor],
-              truth: Mapping[str, torch.Tensor], draws: Draws) -> Iterator[dict[str, float]]:
+              truth: Mapping[str, torch.Tensor], draws: Draws, scalars: bool) -> Iterator[dict[str, float]]:
     """How far from fp64 the program's values are by rounding alone: its own, those with noise, those on nearby inputs and state."""
     yield {name: _error(own[name], truth[name]) for name in own}
     for i in range(NOISY_RUNS):
-        noisy = values(program, inputs, state, double=True, draws=draws, noise=SEED + i)
+        noisy = values(program, inputs, state, double=True, draws=draws, noise=SEED + i, scalars=scalars)
         yield {name: _error(noisy[name], truth[name]) for name in own}
     generator = torch.Generator().manual_seed(SEED)
 
@@ -248,7 +250,8 @@ def _rounding(program: Program, inputs: Sequence[torch.Tensor], state: Mapping[s
 
     for _ in range(tolerance.NEARBY):
         moved, held = [near(value) for value in inputs], {name: near(value) for name, value in state.items()}
-        eager, exact = values(program, moved, held), values(program, moved, held, double=True, draws=draws)
+        eager = values(program, moved, held, scalars=scalars)
+        exact = values(program, moved, held, double=True, draws=draws, scalars=scalars)
         yield {name: _error(eager[name], exact[name]) for name in eager.keys() & exact.keys()}
 
 
