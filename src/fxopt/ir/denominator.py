@@ -82,9 +82,12 @@ class Denominator:
         bound: dict[sympy.Symbol, int] = {}
         for node, value in zip(self.counts.placeholders, inputs):
             for symbol, size in zip(map(expression, meta.tensor(node).shape), value.shape):  # type: ignore[union-attr]
-                symbol = self.equal.get(symbol, symbol)
-                if isinstance(symbol, sympy.Symbol) and bound.setdefault(symbol, size) != size:
-                    raise CallError(f"sizes of the inputs differ ({bound[symbol]} and {size}) that were equal in the call that was captured",
+                symbol = expression(self.equal.get(symbol, symbol))
+                if not isinstance(symbol, (int, sympy.Symbol)):
+                    continue
+                known = symbol if isinstance(symbol, int) else bound.setdefault(symbol, size)
+                if known != size:
+                    raise CallError(f"sizes of the inputs differ ({known} and {size}) that were equal in the call that was captured",
                                     where=str(self.counts.signature.names()), do="what the loss is the mean of is not known: give the count")
         return found + [int(sympy.sympify(size).subs(bound)) for size in self.sizes]
 

@@ -159,6 +159,19 @@ def gather(samples: Samples, node: fx.Node, given: Given) -> State:
     return replace(first, data=is_data(samples, node))
 
 
+@rule("slice_scatter", "select_scatter")
+def put_in(samples: Samples, node: fx.Node, given: Given) -> State:
+    """A part of a value replaced by another value."""
+    x, source, dim = node.args[0], node.args[1], given["dim"]
+    state, other = samples[x], samples[source]
+    if not isinstance(state, Rows) or state.by is not None or dim == state.dim:
+        return Mixed(node, f"`{operator_name(node)}` puts single samples into what is of all")
+    own = state.dim + (operator_name(node) == "select_scatter" and dim > state.dim)
+    if isinstance(other, Free) and not free_along(source, own) or not isinstance(other, Free) and other != Rows(own, state.over, state.under, getattr(other, "data", True)):
+        return Mixed(node, f"`{operator_name(node)}` puts other samples in")
+    return replace(state, data=is_data(samples, node))
+
+
 @rule("index", "_unsafe_index")
 def index(samples: Samples, node: fx.Node, given: Given) -> State:
     """Indexing with tensors, behind leading whole dimensions."""

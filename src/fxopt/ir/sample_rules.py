@@ -176,6 +176,12 @@ def permute(samples: Samples, node: fx.Node, given: Given) -> State:
     return replace(state, dim=order.index(state.dim % rank) - rank)
 
 
+@rule("new_zeros", "new_ones", "new_full", "new_empty")
+def made(samples: Samples, node: fx.Node, given: Given) -> State:
+    """A new value, of which only the shape is given."""
+    return samples.spread(node, is_data(samples, node))
+
+
 @rule("expand", "expand_as", "broadcast_to")
 def expand(samples: Samples, node: fx.Node, given: Given) -> State:
     """Dimensions of size 1 repeated."""

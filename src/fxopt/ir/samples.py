@@ -120,17 +120,19 @@ def through(sizes: Sequence[Any], inner: Any, batch: Any) -> tuple[int, Any, Any
     return None
 
 
-def equal_sizes(inputs: Iterable[torch.Tensor | None]) -> dict[sympy.Symbol, sympy.Symbol]:
+def equal_sizes(inputs: Sequence[torch.Tensor | None]) -> dict[sympy.Symbol, Any]:
     """Sizes of the inputs that have names of their own though they are the same: those of first dimensions that were equal in the call that
-    was captured, and those of the others. `agree` says whether a call's sizes are as equal."""
-    known: dict[Any, sympy.Symbol] = {}
-    found: dict[sympy.Symbol, sympy.Symbol] = {}
-    for leading in (True, False):
-        for x in inputs:
-            for size in (x.shape[:1] if leading else x.shape[1:]) if x is not None else ():
-                symbol = expression(size)
-                if isinstance(symbol, sympy.Symbol) and symbol not in found and size.node.hint is not None:
-                    found[symbol] = known.setdefault((leading, size.node.hint), symbol)
+    was captured, and those of the others. The program need not hold for calls in which they are not: see `Denominator.measure`."""
+    known: dict[Any, Any] = {}
+    found: dict[sympy.Symbol, Any] = {}
+    sizes = [(dim == 0, size) for x in inputs if x is not None for dim, size in enumerate(x.shape)]
+    for leading, size in sizes:
+        if isinstance(expression(size), int):
+            known[leading, int(expression(size))] = sympy.Integer(expression(size))
+    for leading, size in sorted(sizes, key=lambda each: not each[0]):
+        symbol = expression(size)
+        if isinstance(symbol, sympy.Symbol) and symbol not in found and size.node.hint is not None:
+            found[symbol] = known.setdefault((leading, size.node.hint), symbol)
     return found
 
 

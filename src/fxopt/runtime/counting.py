@@ -77,7 +77,7 @@ class Counter:
             return found
         if self.needed:
             raise DataError(f"How many items the loss of a batch is the mean of is not known: {found.reason}.", where=found.where or "fit",
-                            do="Give fit `count`, a function from a batch to that number, or `accumulate=1`.")
+                            do="Give fit `count`, a function from a batch to that number (`fxopt.runtime.loop.supervised_items` counts labels), or `accumulate=1`.")
         return Items(supervised_items(batch))
 
     def _derived(self, batch: Any) -> Items | Underivable:
