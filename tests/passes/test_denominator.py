@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import dataclasses
 import functools
 
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 import models
 import pytest
+from strategies import Spec, build, inputs, specs
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from fxopt.ir.capture import Call, capture
-from fxopt.ir.denominator import Denominator, Underivable, derive
-from fxopt.ir.edit import Edit
+from fxopt.ir.denominator import Denominator, Underivable, derive, find_loss
+from fxopt.ir.edit import Edit, random
 from fxopt.ir.program import Program
 from fxopt.passes.pipeline import run
 from fxopt.runtime.counting import Items, shares
@@ -255,7 +257,9 @@ class Function(nn.Module):
     (lambda y, m: y.square().mean(-1).amax(), "taken over the samples", "amax"),
     (lambda y, m: torch.cdist(y.mean(1), y.mean(1)).mean(), "not known", "cdist"),
     (lambda y, m: (y * torch.arange(y.shape[0])[:, None, None]).mean(), "place of a sample", "mul"),
-], ids=range(16))
+    (lambda y, m: (y.mean(1).T @ y.mean(1)).mean(), "multiplies different samples", "matmul"),
+    (lambda y, m: torch.einsum("bsc,bsd->cd", y, y).mean(), "multiplies different samples", "einsum"),
+], ids=range(18))
 def test_what_mixes_samples_is_named(loss: Callable, message: str, node: str) -> None:
     found = reason(Function(loss), torch.randn(BATCH, LENGTH, WIDTH), torch.rand(BATCH, LENGTH))
     assert message in found.reason and found.where.startswith(node), found
@@ -324,3 +328,41 @@ def test_language_models(name: str) -> None:
         by, made = fact(made), in_fp64(made)
         assert by.measure(list(whole.values()), state) == [int((whole["labels"][:, 0 if name == "bert" else 1:] != -100).sum())]
         assert_split_is_whole(model, by, lambda part, made=made, at=at: made.run(list(part.values()), state)[at], whole, [1, 2, 1])
+
+
+# -- random programs -----------------------------------------------------------------------------------------------------
+
+
+def check_random(spec: Spec, sizes: list[int]) -> None:
+    """Where a random program is said to keep its samples apart, it does."""
+    spec = dataclasses.replace(spec, dtype=torch.float64, static=False, head="plain" if spec.head == "none" else spec.head)
+    model = build(spec)
+    whole = {name: value.detach() for name, value in inputs(spec, 4, 6).items()}
+    program = run("canonicalize", capture(model, Call.of((), whole)))
+    by = derive(program)
+    if isinstance(by, Underivable) or any(random(node) for node in program.nodes if node.op == "call_function"):
+        return
+    loss = find_loss(program, Edit(program, by="test"))
+    at = next(i for i, out in enumerate(program.outputs) if isinstance(out, torch.fx.Node) and out.name == loss.name)
+    exact, state = in_fp64(program), state_of(model)
+
+    def value(part: dict[str, torch.Tensor]) -> torch.Tensor:  # buffers that the program writes are as they were
+        return exact.run(list(part.values()), {name: x if x.requires_grad else x.clone() for name, x in state.items()})[at]
+
+    assert_split_is_whole(model, by, value, whole, sizes)
+
+
+SPLITS = st.sampled_from([[1, 3], [2, 2], [1, 1, 2]])
+
+
+@settings(QUICK, max_examples=5)
+@given(specs(), SPLITS)
+def test_random_programs(spec: Spec, sizes: list[int]) -> None:
+    check_random(spec, sizes)
+
+
+@pytest.mark.slow
+@settings(QUICK, max_examples=400)
+@given(specs(max_steps=25), SPLITS)
+def test_random_programs_on_many(spec: Spec, sizes: list[int]) -> None:
+    check_random(spec, sizes)

@@ -66,6 +66,30 @@ def test_accumulated_means_over_a_mask_equal_one_batch() -> None:
     assert all(torch.equal(a, b) for a, b in zip(small, without, strict=True))
 
 
+class Named(models.Handwritten):
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": super().forward(ids, labels)[1]}
+
+
+def named() -> nn.Module:
+    torch.manual_seed(0)
+    return Named().double()
+
+
+def test_batches_of_different_lengths_equal_one_padded_batch() -> None:
+    """A causal model, fused: what stands behind the last label of a row has no influence on it."""
+    batches = [models.pairs(batch=rows, length=length, seed=length) for rows, length in ((2, 12), (3, 7), (2, 9), (2, 4))]
+    batches[2]["labels"][:, 1:] = -100  # the first token predicts nothing: no label is left
+    opt = fxopt.optimize(named(), "canonicalize | fuse | loss | remat | dead_code", inputs=batches[0])
+    result, (ours,) = trained(opt, batches, accumulate=4)
+    assert result.skipped == 1
+    padded = {key: torch.cat([F.pad(batch[key], (0, 12 - batch[key].shape[1]), value=fill) for batch in batches]) for key, fill in (("ids", 0), ("labels", -100))}
+    model = named()
+    model(**padded)["loss"].backward()
+    wanted = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (ours - wanted).abs().max() <= EXACT * wanted.abs().max()
+
+
 def test_a_loss_over_whole_labels_is_counted_as_the_graph_counts_it() -> None:
     """A masked language model is supervised at its first token too."""
     opt = fxopt.optimize(models.bert(dropout=0.0), "canonicalize")
