@@ -135,3 +135,13 @@ def test_hugging_face_folders(here: Path, capsys: pytest.CaptureFixture[str]) ->
               architectures=["ViTForImageClassification"]).save_pretrained(here / "image")
     assert main(["dump", str(here / "image")]) == 0
     assert "pixel_values" in capsys.readouterr().out
+
+
+def test_plan_predicts_and_measures(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny_models:by_name", "--batch", "64", "--measure"]) == 0
+    said = capsys.readouterr().out
+    assert "peak" in said and "weights" in said and "measured" in said
+    assert main(["plan", "tiny_models:by_name", "--fit", "batch", "--memory", "1MiB"]) == 0
+    assert int(capsys.readouterr().out.splitlines()[0].rsplit(" ", 1)[1]) > 64
+    for wrong in (["--fit", "batch"], ["--memory", "1MiB"], ["--fit", "batch", "--memory", "much"]):
+        assert main(["plan", "tiny_models:by_name", *wrong]) != 0

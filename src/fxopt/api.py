@@ -24,8 +24,9 @@ from fxopt.passes.lora import Lora
 from fxopt.passes.pipeline import Pipeline, pipeline
 from fxopt.runtime import adapted, adapter_files
 from fxopt.runtime.merge import Merge, MergeReport
-from fxopt.runtime.plan import Plan, planned
+from fxopt.runtime.plan import Plan, planned, planner
 from fxopt.runtime.random_inputs import drawn
+from fxopt.runtime.sizes import largest, resized
 
 Passes = str | Pass | Pipeline | Iterable[str | Pass | Pipeline]
 
@@ -175,23 +176,57 @@ class Optimized(nn.Module):
         lines += [f"note: {line}" for line in self.dispatcher.notes]
         return "\n".join(lines)
 
-    def plan(self, inputs: tuple[Any, ...] | Mapping[str, Any] | None = None, *, optimizer: str | None = None) -> Plan:
+    def sized_call(self, inputs: tuple[Any, ...] | Mapping[str, Any] | None = None, *, batch: int | None = None, length: int | None = None) -> Call:
+        """A call (None: the last one), which is captured now if it is of a new kind, with as many samples and tokens as wanted: its values
+        are repeated.
+
+        Raises:
+            CallError: the captured graph fixes such a size.
+        """
+        if inputs is None and self.dispatcher.example is None:
+            raise FxoptError("the model was not called yet", do="give `inputs`")
+        call = self.dispatcher.example if inputs is None else inputs if isinstance(inputs, Call) else _call_of(inputs)
+        self.dispatcher.last = self.dispatcher.find(call)
+        return dataclasses.replace(call, tensors=tuple(resized(call.tensors, self.dispatcher.last.binding.guards.shapes, batch, length)))
+
+    def plan(self, inputs: tuple[Any, ...] | Mapping[str, Any] | None = None, *, batch: int | None = None, length: int | None = None,
+             optimizer: str | None = None) -> Plan:
         """What a training step on a call will take, and what each region does about it; `print` it. Nothing is run.
 
         Args:
-            inputs: a call; None: the last one. Only sizes and dtypes are read, unless the call is of a kind that was not captured yet.
+            inputs, batch, length: see `sized_call`.
             optimizer: whose state counts: "adamw", "adamw_8bit", "momentum", "sgd" or "none"; None: what the memory pass says, else
                 "adamw".
 
         Raises:
             CallError: the memory pass's budget cannot be kept; with the smallest that can.
         """
-        if inputs is None and self.dispatcher.example is None:
-            raise FxoptError("the model was not called yet", do="give `inputs`")
-        call = self.dispatcher.example if inputs is None else _call_of(inputs)
-        lowered = self.dispatcher.find(call)
-        self.dispatcher.last = lowered
-        return planned(lowered.binding, call.tensors, optimizer)
+        call = self.sized_call(inputs, batch=batch, length=length)
+        return planned(self.dispatcher.last.binding, call.tensors, optimizer)
+
+    def largest_call(self, memory: int, vary: str = "batch", *, batch: int | None = None, length: int | None = None,
+                     inputs: tuple[Any, ...] | Mapping[str, Any] | None = None) -> tuple[int, Plan, Call]:
+        """The most samples (or tokens) that a training step can take within so much memory, by plans alone; nothing is run.
+
+        Args:
+            memory: bytes. vary: "batch" or "length"; the other stays as `batch` or `length` says, or as in the call.
+            inputs: a call; None: the last one.
+
+        Returns:
+            the size, its plan, and a call of that size with the example's values repeated.
+
+        Raises:
+            CallError: no size fits, or the captured graph fixes it.
+        """
+        if vary not in ("batch", "length"):
+            raise FxoptError(f"vary is {vary!r}", do='write "batch" or "length"')
+        call = self.sized_call(inputs)
+
+        def of(number: int) -> Call:
+            return self.sized_call(call, **{"batch": batch, "length": length, vary: number})
+
+        found, plan = largest(planner(self.dispatcher.last.binding, lambda number: of(number).tensors), memory)
+        return found, plan, of(found)
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 

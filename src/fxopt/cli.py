@@ -48,6 +48,18 @@ def parser() -> argparse.ArgumentParser:
     mode.add_argument("--eval", dest="train", action="store_false", help="capture in evaluation mode")
     dump.add_argument("--inputs", nargs="+", metavar="INPUT", help="for example 'float32[2,8]', 'input_ids=int64[2,16]:1000' (random below 1000)")
     dump.set_defaults(run=_dump)
+    plan = commands.add_parser("plan", help="predict the memory and the time of a training step",
+                               description="Predict peak memory, bytes by category and time of a training step, before it is run.")
+    plan.add_argument("model", help="as for dump")
+    plan.add_argument("--passes", default="canonicalize | causal | fuse | loss | remat | dead_code", metavar="TEXT")
+    plan.add_argument("--batch", type=int, help="samples (default: those of the example)")
+    plan.add_argument("--seq", type=int, help="tokens of each (default: those of the example)")
+    plan.add_argument("--optimizer", default=None, help="whose state counts: adamw (the default), adamw_8bit, momentum, sgd or none")
+    plan.add_argument("--fit", choices=("batch", "seq"), help="find the largest that --memory holds")
+    plan.add_argument("--memory", metavar="SIZE", help="for --fit, such as 6GiB")
+    plan.add_argument("--measure", action="store_true", help="run the step too, and print what was measured beside what was predicted")
+    plan.add_argument("--inputs", nargs="+", metavar="INPUT", help="as for dump")
+    plan.set_defaults(run=_plan)
     passes = commands.add_parser("passes", help="list the passes, their arguments and what they promise")
     passes.set_defaults(run=_passes)
     return top
@@ -114,6 +126,33 @@ def _stage(program: Any, name: str) -> Any:
         known = ["capture", *(record.text for record in program.log)]
         raise UsageError(f"there is no stage {name!r}", do=f"the stages are: {', '.join(known)}")
     return found[index]
+
+
+def _plan(arguments: argparse.Namespace) -> str:
+    from fxopt.api import optimize
+    from fxopt.passes.language import bytes_of
+    from fxopt.runtime.loop import model_loss
+    from fxopt.runtime.sizes import measure
+
+    if bool(arguments.fit) != bool(arguments.memory):
+        raise UsageError("--fit and --memory belong together", do="write for example --fit batch --memory 6GiB")
+    limit = bytes_of(arguments.memory) if arguments.memory else None
+    model, args, kwargs = _model(arguments.model, arguments.inputs)
+    opt = optimize(model.train(), arguments.passes, inputs=kwargs if kwargs and not args else args, check=False)
+    lines = []
+    if limit is not None:
+        vary = "length" if arguments.fit == "seq" else "batch"
+        number, plan, call = opt.largest_call(limit, vary, batch=arguments.batch, length=arguments.seq)
+        lines.append(f"the largest {arguments.fit} within {arguments.memory}: {number}")
+    else:
+        call = opt.sized_call(batch=arguments.batch, length=arguments.seq)
+        plan = opt.plan(batch=arguments.batch, length=arguments.seq, optimizer=arguments.optimizer)
+    lines.append(str(plan))
+    if arguments.measure:
+        given, named = call.rebuild(call.tensors)
+        trained = [p for p in opt.parameters() if p.requires_grad]
+        lines.append(measure(lambda: model_loss(opt, named if not given else given), plan, trained).beside(plan))
+    return "\n".join(lines) + "\n"
 
 
 def _passes(arguments: argparse.Namespace) -> str:

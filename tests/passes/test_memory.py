@@ -15,6 +15,7 @@ from fxopt.ir.facts import Budget
 from fxopt.kernels.tolerance import same
 from fxopt.runtime.memory import Allocations
 from fxopt.runtime.plan import Plan, Planned
+from fxopt.runtime.sizes import measure
 from fxopt.runtime.solver import Option, smallest, solve
 from tests.models import MODELS, loss_of, llama, tokens
 
@@ -143,3 +144,17 @@ def test_the_plan_is_shown_before_a_step_and_is_what_the_step_does() -> None:
     assert opt.plan(optimizer="none").peak.parts["optimizer"] == 0 < small.peak.parts["optimizer"]
     with pytest.raises(CallError, match="no optimizer"):
         opt.plan(optimizer="lion")
+
+
+def test_the_largest_batch_is_found_from_plans_and_holds_when_it_is_run() -> None:
+    opt = fxopt.optimize(llama(), f"{PLAIN} | remat", inputs=tokens(2, 16, ignored=0), check=False)  # a plan counts all rows as labelled
+    limit = int(opt.plan(batch=40).peak.total * 1.01)
+    number, plan, call = opt.largest_call(limit)
+    assert number >= 40 and plan.peak.total <= limit < opt.plan(batch=number + 1).peak.total
+    assert call.tensors[0].shape == (number, 16)
+    _, given = call.rebuild(call.tensors)
+    found = measure(lambda: loss_of(opt(**given)), plan, [p for p in opt.parameters() if p.requires_grad], repeats=1)
+    assert abs(found.peak - plan.peak.total) <= 0.05 * found.peak, found.beside(plan)
+    assert opt.largest_call(limit, "length", batch=2)[0] > 16
+    with pytest.raises(CallError, match="cannot hold a step of size 1"):
+        opt.largest_call(1000)

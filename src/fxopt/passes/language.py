@@ -179,6 +179,18 @@ class _Parser:
         return key, self.value()
 
 
+def bytes_of(text: str) -> int:
+    """The bytes of a size as the language writes it: `6GiB`.
+
+    Raises:
+        PassError: it is no size.
+    """
+    first, *rest = _tokens(text)
+    if first.kind != "value" or not isinstance(first.value, int) or first.value < 1 or rest[0].kind != "end":
+        raise PassError(f"{text!r} is no size", do=f"write a number and a unit: 6GiB (units are {', '.join(UNITS)})")
+    return first.value
+
+
 def read(text: str) -> list[Invocation]:
     """The passes in `text` as written; lists come as tuples.
 

@@ -199,13 +199,23 @@ def planned(binding: Binding, tensors: Sequence[torch.Tensor], optimizer: str | 
     Raises:
         CallError: the budget that the program asks for cannot be kept.
     """
+    return planner(binding, lambda _: tensors, optimizer)(0)
+
+
+def planner(binding: Binding, tensors: Callable[[int], Sequence[torch.Tensor]], optimizer: str | None = None) -> Callable[[int], Plan]:
+    """`planned` for calls of many sizes: from a size to the plan of a step on the tensors of that size."""
     if optimizer not in (None, *OPTIMIZERS):
         raise CallError(f"no optimizer {optimizer!r} is known", do=f"they are {', '.join(OPTIMIZERS)}")
     budget = next((fact for fact in binding.program.facts if isinstance(fact, Budget)), None)
-    planner = Planner(binding, budget, optimizer=optimizer)
-    device = tensors[0].device.type if tensors else "cpu"
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return planner.plan(tuple(tuple(t.shape) for t in tensors), tuple(t.requires_grad for t in tensors), autocast)
+    maker = Planner(binding, budget, optimizer=optimizer)
+
+    def plan(number: int) -> Plan:
+        given = tensors(number)
+        device = given[0].device.type if given else "cpu"
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return maker.plan(tuple(tuple(t.shape) for t in given), tuple(t.requires_grad for t in given), autocast)
+
+    return plan
 
 
 class Planned:
