@@ -15,6 +15,7 @@ import json
 import math
 import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 import tempfile
@@ -67,8 +68,15 @@ def process(arguments: Sequence[str], out: Path, cache: Path) -> Record:
     except subprocess.TimeoutExpired:
         return {"failed": f"took longer than {TIME_LIMIT} s"}
     if done.returncode or not out.exists():
-        return {"failed": "\n".join(done.stderr.strip().splitlines()[-3:]) or f"exit code {done.returncode}"}
+        return {"failed": reason(done.stderr) or f"exit code {done.returncode}"}
     return json.loads(out.read_text())
+
+
+def reason(stderr: str) -> str:
+    """The error in what a process wrote before it ended: the last line that names one, and the last lines; one line of its own is the last."""
+    lines = [line for line in stderr.strip().splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Killed)\b", line)]
+    return "\n".join([*lines[-12:], *named[-1:]])
 
 
 def measure(row: Row, systems: Sequence[str], folder: Path, options: Sequence[str]) -> Iterator[Record]:
@@ -95,8 +103,12 @@ def measure(row: Row, systems: Sequence[str], folder: Path, options: Sequence[st
 
 
 def losses(record: Record) -> list[float]:
-    """All losses in order."""
-    return [record["first_loss"], *(step["loss"] for phase in record["phases"] for step in phase["steps"])]
+    """All losses in order, those of the steps that were not timed too."""
+    return [record["first_loss"], *(step["loss"] for phase in record["phases"] for step in _steps(phase))]
+
+
+def _steps(phase: Record) -> list[Record]:
+    return [step for step in (phase["profiled"], *phase["steps"]) if step is not None]
 
 
 def check(row: Row, records: Sequence[Record]) -> list[str]:
@@ -119,7 +131,7 @@ def check(row: Row, records: Sequence[Record]) -> list[str]:
         if not largest <= PARITY_LIMIT:
             wrong.append(f"{who}: a loss differs from eager by {largest:.1e} (relative)")
         for mine, theirs in zip(record["phases"], reference["phases"], strict=True):
-            for a, b in zip(mine["steps"], theirs["steps"], strict=False):
+            for a, b in zip(_steps(mine), _steps(theirs), strict=False):
                 record["largest_relative_norm_difference"] = max(record.get("largest_relative_norm_difference", 0.0),
                                                                  abs(a["gradient_norm"] - b["gradient_norm"]) / b["gradient_norm"])
                 if (a["tokens"], a["padded"], a["supervised"]) != (b["tokens"], b["padded"], b["supervised"]):
@@ -187,7 +199,7 @@ def main() -> int:
 def _line(record: Record) -> str:
     start = f"{record['row']} round {record['round']}  {record['system']}:"
     if "failed" in record:
-        return f"{start} {record['failed']}"
+        return f"{start} FAILED: {record['failed'].splitlines()[-1]}"
     last = record["phases"][-1]
     return (f"{start} {min(step['seconds'] for step in last['steps']):.2f} s/step, {last['above'] / 2**30:.2f} GiB above the weights, "
             f"first step {record['prepare_seconds'] + record['first_step_seconds']:.1f} s, process {record['process_seconds']:.0f} s")

@@ -7,31 +7,31 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from bench.headlines_process import Job, Prepared
-from bench.headlines_workloads import ALPHA, RANK
+from bench.headlines_workloads import ALPHA, RANK, Row
 import fxopt
-from fxopt.passes.catalog import PASSES
-
-KNOWN = {cls.name for cls in PASSES}
 
 
-def passes(*, compact: bool, memory: str) -> str:
+def passes(row: Row, budget: int | None) -> str:
     """A row's pipeline as text. All pipelines of the headlines are made here.
 
+    Where time counts, `remat`: it saves the fewest bytes that need no product to be computed again.
+
     Args:
-        compact: pack the batch and drop the rows that nothing is learned from.
-        memory: the argument of the memory pass, "least" or bytes.
+        budget: bytes, of a row that has one.
+
+    Raises:
+        SystemExit: this row has one, and it is None.
     """
+    if row.memory == "budget" and budget is None:
+        raise SystemExit("this row needs --budget")
+    memory = {"remat": "remat", "least": "memory(least)", "budget": f"memory({budget})"}[row.memory]
     parts = ["canonicalize", "causal", f"lora(rank={RANK}, alpha={ALPHA})", "siblings", "fuse", "loss"]
-    parts += [name for name in ("pack", "compact") if compact and name in KNOWN]
-    parts += [f"memory({memory})" if "memory" in KNOWN else "remat", "dead_code"]
-    return " | ".join(parts)
+    return " | ".join([*parts, *(["pack", "compact"] if row.compact else []), memory, "dead_code"])
 
 
 def prepare(model: PreTrainedModel, job: Job) -> Prepared:
     """Captures the first batch's kind of call and optimizes it."""
-    if job.row.memory == "budget" and job.budget is None:
-        raise SystemExit("this row needs --budget")
-    text = passes(compact=job.row.compact, memory=job.row.memory if job.budget is None else str(job.budget))
+    text = passes(job.row, job.budget)
     opt = fxopt.optimize(model, text, inputs=dict(job.batch))
     named = {name: parameter for name, parameter in opt.named_parameters() if parameter.requires_grad}
 

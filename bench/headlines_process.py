@@ -108,7 +108,7 @@ def operators(profile: torch.profiler.profile, number: int = 10) -> list[tuple[s
 
 
 class Trainer:
-    """Steps, timed from the batch to the updated adapters, and the gradient norms of each, outside of its time."""
+    """Takes steps, timed from the batch to the updated adapters, and the gradient norms of each, outside of its time."""
 
     def __init__(self, prepared: Prepared, optimizer: Any, loss: Callable[[Batch], Tensor]) -> None:
         self.prepared, self.optimizer, self.loss = prepared, optimizer, loss
@@ -140,7 +140,7 @@ class Trainer:
 
     def phase(self, phase: Phase, loaded: int) -> dict[str, Any]:
         """A phase's record. above: peak minus what was resident before the first step; settled: what is now, with the optimizer's state."""
-        profiled = self.profiled(phase.batches[0]) if phase.profiled else {"allocator": None}
+        profiled = self.profiled(phase.batches[0]) if phase.profiled else {"profiled": None, "allocator": None}
         worked = settle()
         settled = resident()
         steps = [self.step(batch) for batch in phase.batches]
@@ -151,8 +151,8 @@ class Trainer:
         """A step under the profiler: the allocator's peak and what took the time."""
         settle()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            self.step(batch)
-        return {"allocator": allocated_peak(profile.profiler.kineto_results.events()), "operators": operators(profile)}
+            step = self.step(batch)
+        return {"profiled": step, "allocator": allocated_peak(profile.profiler.kineto_results.events()), "operators": operators(profile)}
 
 
 def measure(job: Job, adapter: Path, prepare: Callable[[PreTrainedModel, Job], Prepared], phases: list[Phase]) -> dict[str, Any]:

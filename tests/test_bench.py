@@ -247,6 +247,15 @@ def test_goals(name, of, expected):
     assert len(found) == len(expected) and all(line.endswith(end) for line, end in zip(found, expected, strict=True)), found
 
 
+def test_pipelines_and_reasons():
+    assert " | loss | pack | compact | remat | " in headlines_ours.passes(ROWS["C2"], None)
+    assert " | memory(least) | " in headlines_ours.passes(ROWS["C1"], None) and " | memory(5) | " in headlines_ours.passes(ROWS["C3"], 5)
+    with pytest.raises(SystemExit, match="--budget"):
+        headlines_ours.passes(ROWS["C3"], None)
+    assert headlines.reason("a\n  x.y.SomeError: in a frame\nfxopt.errors.PassError: why\n  do: this\nsee\n").splitlines()[-1] == "fxopt.errors.PassError: why"
+    assert headlines.reason("this row needs --budget\n") == "this row needs --budget" and headlines.reason("") == ""
+
+
 def test_systems_bring_what_they_are_compared_with():
     assert headlines.wanted(ROWS["C3"], ["fxopt"]) == ["eager", "checkpointing", "fxopt"]
     assert headlines.wanted(ROWS["C2"], ["compile-grouped"]) == ["eager-grouped", "compile-grouped"]
