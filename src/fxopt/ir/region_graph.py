@@ -125,3 +125,8 @@ def share_sizes(graph: fx.Graph) -> None:
 def drop_unread(graph: fx.Graph) -> None:
     """Erase what nobody reads."""
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+
+
+def retarget(node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+    """Let a node call another operation that has the same value."""
+    node.target, node.args = target, args

@@ -15,6 +15,7 @@ from fxopt.ir import joint as joints
 from fxopt.ir.edit import effectful
 from fxopt.ir.partition import Policy, Split, split
 from fxopt.ir.regions import Region, differentiable_outputs, influences
+from fxopt.ir.reuse import reuse
 from fxopt.ir.tiling import Tiling
 from fxopt.kernels.catalog import CATALOG
 
@@ -72,7 +73,12 @@ class RegionRunner:
         if found is None:
             traced, differentiable = self.joint(requires_grad, autocast)
             plan = split(traced, policy)
-            found = self.compiled[key] = Compiled(policy.apply(plan, _OPERANDS) if isinstance(policy, Tiling) else plan, differentiable)
+            if isinstance(policy, Tiling):
+                plan = policy.apply(plan, _OPERANDS)
+            for graph in (plan.forward, plan.backward):
+                if graph is not None:
+                    reuse(graph)
+            found = self.compiled[key] = Compiled(plan, differentiable)
         return found
 
     def __call__(self, args: Sequence[Any], policy: Policy) -> tuple[Any, ...]:
