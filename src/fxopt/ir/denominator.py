@@ -31,6 +31,7 @@ from fxopt.ir.edit import Edit
 from fxopt.ir.index import arguments
 from fxopt.ir.program import Program
 from fxopt.ir.region_graph import extract
+from fxopt.ir.sample_order import ordered
 from fxopt.ir.sample_products import RULES
 from fxopt.ir.samples import CONSTANT, Counted, Free, Mixed, Rows, Samples, Total, expression
 
@@ -109,7 +110,7 @@ def derive(program: Program) -> Denominator | Underivable:
     loss = find_loss(source, edit)
     if isinstance(loss, Underivable):
         return loss
-    samples = Samples(edit.graph, edit.slots, edit.trainable, RULES)
+    samples = Samples(edit.graph, edit.slots, edit.trainable, RULES, ordered)
     state = samples[loss]
     if isinstance(state, Mixed):
         return Underivable(state.reason, _place(state.node))

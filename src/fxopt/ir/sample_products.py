@@ -9,7 +9,7 @@ import torch.fx as fx
 
 from fxopt.ir import meta
 from fxopt.ir.sample_rules import RULES, Given, free_along, crosses, is_data, looked_up, nodes_in, pointwise, rank_of, rule
-from fxopt.ir.samples import Counted, Free, Mixed, Rows, Samples, State, Total, operator_name
+from fxopt.ir.samples import Counted, Free, Mixed, Order, Rows, Samples, State, Total, operator_name
 
 __all__ = ["RULES"]
 
@@ -53,7 +53,8 @@ def product(samples: Samples, node: fx.Node, given: Given) -> State:
             return _joins(node)
     if any(isinstance(samples[x], Free) and not free_along(x, dim) for x in added) or -dim > rank:
         return _joins(node)
-    return Rows(dim, over, under, is_data(samples, node))
+    orders = {s.order for s in states if isinstance(s, Rows)}
+    return Rows(dim, over, under, is_data(samples, node), order=orders.pop() if len(orders) == 1 else None)
 
 
 def _joins(node: fx.Node) -> Mixed:
@@ -210,7 +211,8 @@ def arange(samples: Samples, node: fx.Node, given: Given) -> State:
     if val is None or not samples.holds_batch(val.shape[0]):
         return Free()
     plain = given.get("start", 0) in (0, None) and given.get("step", 1) == 1 and samples.size(val.shape[0]) == samples.batch
-    return Rows(-1, index=True) if plain else Mixed(node, "it counts through something made of the samples")
+    return Rows(-1, index=True) if plain else Order(None, "counting") if given.get("start", 0) in (0, None) and given.get("step", 1) == 1 else Mixed(
+        node, "it counts through something made of the samples")
 
 
 # -- losses --------------------------------------------------------------------------------------------------------------

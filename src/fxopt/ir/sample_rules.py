@@ -77,7 +77,7 @@ def pointwise(samples: Samples, node: fx.Node, given: Given) -> State:
         return _of_totals(samples, node, sources)
     found = [samples[s] for s in rows]
     name, first = operator_name(node), found[0]
-    if any((state.dim, state.over, state.under) != (first.dim, first.over, first.under) for state in found):
+    if any((state.dim, state.over, state.under, state.order) != (first.dim, first.over, first.under, first.order) for state in found):
         return Mixed(node, f"`{name}` brings samples of different places together")
     for other in node.all_input_nodes:
         if isinstance(samples[other], Free) and not free_along(other, first.dim):

@@ -45,6 +45,7 @@ class Rows:
         data: no parameter and no random number is in it.
         index: the value at sample i is i.
         by: a node, of inputs alone, that all elements are divided by.
+        order: a node that sorts, in whose order the rows of all samples are; None for their own.
     """
 
     dim: int
@@ -53,6 +54,16 @@ class Rows:
     data: bool = True
     index: bool = False
     by: fx.Node | None = None
+    order: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Order:
+    """Numbers about the order in which `sort` puts rows, see `ir.sample_order`. each: a permutation is divided by it."""
+
+    sort: fx.Node | None
+    role: str
+    each: int = 1
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ class Mixed:
     reason: str
 
 
-State = Free | Rows | Total | Counted | Mixed
+State = Free | Rows | Order | Total | Counted | Mixed
 CONSTANT = "constant"
 # Operators that leave the number of a sample as it is, or look it up.
 PLACED = frozenset({"to", "_to_copy", "clone", "contiguous", "alias", "detach", "view", "reshape", "unsqueeze", "squeeze", "flatten", "expand", "expand_as", "permute",
@@ -144,13 +155,15 @@ class Samples:
         slots, trainable: of the program.
     """
 
-    def __init__(self, graph: fx.Graph, slots: Mapping[str, Slot], trainable: Callable[[str], bool], rules: dict[str, Callable[..., State]]) -> None:
+    def __init__(self, graph: fx.Graph, slots: Mapping[str, Slot], trainable: Callable[[str], bool], rules: dict[str, Callable[..., State]],
+                 ordered: Callable[[Samples, fx.Node], State | None]) -> None:
         inputs = [meta.tensor(node) for node in graph.nodes if node.op == "placeholder"]
         self.equal = equal_sizes(inputs)
         self.known: dict[Any, Any] = {}
         first = [self.size(x.shape[0]) for x in inputs if x is not None and x.dim() > 0]
         self.batch = max(first, key=first.count) if first else None  # what most inputs have first; the first input's, of several
-        self.slots, self.trainable, self.rules = slots, trainable, rules
+        self.slots, self.trainable, self.rules, self.ordered = slots, trainable, rules, ordered
+        self.keys: dict[fx.Node, Rows] = {}
         self.symbols = set() if self.batch is None or isinstance(self.batch, int) else self.batch.free_symbols
         self.flow = Flow(graph, slots)
         self.dirty: set[fx.Node] = set()
@@ -245,22 +258,31 @@ class Samples:
         if name == "broadcast_tensors":
             return Free()  # the items are what counts
         states = [self.states[source] for source in sources if isinstance(meta.value(source), (torch.Tensor, tuple, list))]
-        rule = self.rules.get(name)
-        if rule is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
-            rule = self.rules["pointwise"]
+        rule = self.rule(node)
         counted = rule is self.rules["pointwise"] and any(not isinstance(self.states[source], Free) for source in sources)
         if name != "arange" and not counted and all(isinstance(state, Free) for state in states):
             data = all(state.data for state in states) and not random(node)
             made = self.spread(node, data)
             return replace(made, grad=any(state.grad for state in states)) if isinstance(made, Free) else made
+        found = self.ordered(self, node)
+        if found is not None:
+            return found
         if rule is None:
             return Mixed(node, f"whether `{name}` keeps samples apart is not known")
         if any(isinstance(state, Rows) and state.index for state in states) and name not in PLACED:
             return Mixed(node, "it depends on the place of a sample in the batch")
         return rule(self, node, full_arguments(node))
 
+    def rule(self, node: fx.Node) -> Callable[..., State] | None:
+        """The rule for a node's operator."""
+        pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+        return self.rules.get(operator_name(node), self.rules["pointwise"] if pointwise else None)
+
     def _item(self, node: fx.Node) -> State:
         source, index = node.args[:2]
+        state = self.states[source]
+        if isinstance(state, Order) and state.role == "sorted":
+            return replace(state, role="permutation" if index else "key")
         if operator_name(source) != "broadcast_tensors":
             return self.states[source]
         own = self[source.args[0][index]]
@@ -291,7 +313,7 @@ class Samples:
 
 def _shape(state: State) -> Any:
     """What a write must leave as it is."""
-    return (type(state), *(getattr(state, name, None) for name in ("dim", "over", "under", "by", "terms")))
+    return (type(state), *(getattr(state, name, None) for name in ("dim", "over", "under", "by", "order", "terms")))
 
 
 def sizing(node: fx.Node) -> bool:
