@@ -82,7 +82,7 @@ def reason(stderr: str) -> str:
 def measure(row: Row, systems: Sequence[str], folder: Path, options: Sequence[str]) -> Iterator[Record]:
     """Round by round, in each all systems in turn. torch.compile's cache is empty at first, and each time in a cold row."""
     adapter = first_adapter(row, folder / f"{row.name}-adapter")
-    budget: int | None = None
+    budgets: dict[bool, int] = {}
     for index in range(row.rounds):
         for name in systems:
             system = row.systems[name]
@@ -90,16 +90,26 @@ def measure(row: Row, systems: Sequence[str], folder: Path, options: Sequence[st
                 continue
             arguments = [str(adapter), "--row", row.name, "--system", name, "--round", str(index), *options]
             if system.peer == "fxopt" and row.memory == "budget":
-                if budget is None:
+                if system.tight not in budgets:
                     yield {"row": row.name, "system": name, "round": index, "failed": f"no budget: {BOUNDING} did not run"}
                     continue
-                arguments += ["--budget", str(budget)]
+                arguments += ["--budget", str(budgets[system.tight])]
             cache = folder / (f"{row.name}-{name}-{index}" if row.cold else f"{row.name}-{name}")
             start = time.perf_counter()
             record = process(arguments, folder / "record.json", cache)
             if name == BOUNDING and "failed" not in record:
-                budget = record["weights"] + max(phase["above"] for phase in record["phases"])
+                budgets |= budgets_of(record)
             yield {"row": row.name, "system": name, "round": index, "process_seconds": time.perf_counter() - start, **record}
+
+
+def budgets_of(record: Record) -> dict[bool, int]:
+    """The bytes of a training step in the checkpointed peer's record, as the memory pass counts them: with weights, adapters, their gradients
+    and the optimizer's state. By what its process took; and (True) by what the allocator held, to which the state, twice the adapters,
+    is added, because that was there before the profiled step."""
+    fixed = record["weights"] + record["trained"]
+    found = {False: fixed + max(phase["above"] for phase in record["phases"])}
+    held = [phase["allocator"] for phase in record["phases"] if phase["allocator"] is not None]
+    return found | ({True: fixed + 2 * record["trained"] + max(held)} if held else {})
 
 
 def losses(record: Record) -> list[float]:

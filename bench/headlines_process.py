@@ -182,8 +182,9 @@ def measure(job: Job, adapter: Path, prepare: Callable[[PreTrainedModel, Job], P
         found = [trainer.phase(phase, loaded) for phase in phases]
         if job.system.peer == "fxopt" and "operators" not in found[-1]:
             found[-1]["operators"] = trainer.profiled(phases[-1].batches[-1])["operators"]
-    return {"weights": weights, "loaded": loaded, "prepare_seconds": prepare_seconds, "first_step_seconds": first["seconds"], "first_loss": first["loss"],
-            "phases": found, "smallest_gradient_norm": trainer.smallest, "weakest": trainer.weakest, "adapters": len(prepared.named),
+    trained = sum(parameter.nbytes for parameter in prepared.named.values())
+    return {"weights": weights, "trained": trained, "loaded": loaded, "prepare_seconds": prepare_seconds,
+            "first_step_seconds": first["seconds"], "first_loss": first["loss"], "phases": found, "smallest_gradient_norm": trainer.smallest, "weakest": trainer.weakest, "adapters": len(prepared.named),
             "passes": prepared.passes}
 
 

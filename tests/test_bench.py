@@ -223,7 +223,8 @@ def test_the_slope_and_the_allocators_peak():
 
 
 def figure(**values) -> dict:
-    return {"step": 1.0, "speed": 1.0, "above": 1.0, "slope": None, "allocator": None, "cold": 1.0, "step_bytes": values.get("above", 1.0)} | values
+    shared = {"step": 1.0, "speed": 1.0, "above": 1.0, "slope": None, "allocator": None, "cold": 1.0, "held": None}
+    return shared | {"step_bytes": values.get("above", 1.0)} | values
 
 
 @pytest.mark.parametrize(
@@ -238,6 +239,8 @@ def figure(**values) -> dict:
          ["than checkpointing: met", "than the budget allows: met", "than the best peer, compile-budget-0.3: met"]),
         ("C3", {"checkpointing": figure(step=4.0), "compile-budget-0.5": figure(step=2.0, above=2.0), "fxopt": figure(step=2.0, above=1.1)},
          ["than checkpointing: met", "than the budget allows: missed: 1.10x short", "than the best peer, compile-budget-0.5: missed: 1.15x short"]),
+        ("C3", {"checkpointing": figure(step=4.0, held=3), "fxopt": figure(step=2.0), "fxopt-tight": figure(step=4.0, held=4)},
+         ["than checkpointing: met", "than the budget allows: met", "holds at the allocator: missed: 1.60x short", "(fxopt-tight): missed: 1.33x short"]),
         ("C5", {"eager": figure(cold=2.0), "compile": figure(cold=99.0), "fxopt": figure(cold=10.0)},
          ["than compile: missed: 1.01x short", "than eager: missed: 2.50x short"]),
     ],
@@ -254,6 +257,13 @@ def test_pipelines_and_reasons():
         headlines_ours.passes(ROWS["C3"], None)
     assert headlines.reason("a\n  x.y.SomeError: in a frame\nfxopt.errors.PassError: why\n  do: this\nsee\n").splitlines()[-1] == "fxopt.errors.PassError: why"
     assert headlines.reason("this row needs --budget\n") == "this row needs --budget" and headlines.reason("") == ""
+
+
+def test_the_budget_is_the_checkpointed_peers_peak(eager):
+    (phase,), trained = eager["phases"], eager["trained"]
+    assert trained == sum(4 * 2 * 16 * (into + out) for into, out in [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)])
+    tight = eager["weights"] + 3 * trained + phase["allocator"]
+    assert headlines.budgets_of(eager) == {False: eager["weights"] + trained + phase["above"], True: tight}
 
 
 def test_systems_bring_what_they_are_compared_with():
