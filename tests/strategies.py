@@ -384,5 +384,6 @@ def inputs(spec: Spec, batch: int = SIZE[0], length: int = SIZE[1], dtype: torch
         mask[0, length // 2 + 1 :] = 0
     labels = torch.randint(0, VOCABULARY, (batch, length), generator=generator)
     labels[torch.rand(batch, length, generator=generator) < 0.3] = IGNORED
+    labels.masked_fill_(mask == 0, IGNORED)  # else `pack` refuses the call
     labels[-1, -1] = 1  # a batch without any label has no loss
     return {"x": x, "mask": mask, "labels": labels}

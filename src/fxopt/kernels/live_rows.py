@@ -6,7 +6,7 @@ import itertools
 
 import torch
 from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.library import Library, register_fake
 
@@ -75,20 +75,23 @@ def live_rows(keep, size, read, cuts, alike, causal, blank, multiple):
 
 def _fake(keep, size, read, cuts, alike, causal, blank, multiple):
     """The number of rows is a size of its own, with a hint: all of the example's rows are live, rounded to a prime, which no other
-    size of a model is likely to be."""
+    size of a model is likely to be. Where all sizes are numbers (a dry run that asks for memory), as many as there can be."""
     like = next(x for x in (keep, *read) if x is not None)
     mode = like.fake_mode if isinstance(like, FakeTensor) else None
-    if mode is None or mode.shape_env is None:
-        raise DynamicOutputShapeException(OVERLOAD)
-    hint = max(2, *(_hint(x) for x in (size[0] * size[1], multiple)))
-    while any(hint % d == 0 for d in range(2, int(hint**0.5) + 1)):
-        hint += 1
-    source = ConstantSource(f"live_rows_{next(_COUNT)}")
-    symbol = mode.shape_env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-    rows = mode.shape_env.create_symintnode(symbol, hint=hint, source=source)
+    env = mode.shape_env if mode is not None else None
+    most = max(-(-size[0] * size[1] // multiple) * multiple, multiple, 2) if env is None else 0
+    rows = most or _unknown(env, max(2, multiple, _hint(size[0] * size[1])))
     number = like.new_empty((rows,), dtype=torch.int64)
     flag = like.new_empty((rows,), dtype=torch.bool)
     return *(torch.empty_like(number) for _ in range(4)), like.new_empty((1, rows), dtype=torch.int64), flag, torch.empty_like(flag)
+
+
+def _unknown(env, hint):
+    """A size that only a run knows."""
+    while any(hint % d == 0 for d in range(2, int(hint**0.5) + 1)):
+        hint += 1
+    source = ConstantSource(f"live_rows_{next(_COUNT)}")
+    return env.create_symintnode(env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None), hint=hint, source=source)
 
 
 def _hint(size):
