@@ -2,7 +2,7 @@
 # make test    the whole test suite
 # make kernels compiles every Triton kernel for GPUs that need not be there, with two releases of Triton (3 minutes);
 #              UPDATE=1 writes the new costs to gate/budget.json
-# make bench   the four headline rows of docs/benchmarks.md (about 40 minutes and 18 GiB on two cores; QUICK=1: a third of that)
+# make bench   the four headline rows of docs/benchmarks.md (about 45 minutes and 20 GiB on two cores; QUICK=1: a third of the time)
 # make bench-all  also the demo's workload and every fused op
 #
 # Needs python3 (3.11 or newer), make and, once, a Python package index. Everything is installed into .venv with the

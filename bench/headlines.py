@@ -4,7 +4,7 @@
 
 Writes the rows that it ran into bench/results/headlines.jsonl (the others' records stay) and prints a table. Exit code 1 when a system
 fails, when its losses are not the eager ones, when it counts other tokens, or when an adapter gets no gradient. A goal that is missed
-is said in the table and is no failure. One process runs at a time; the eager ones of C1 and C2 need up to 17 GiB.
+is said in the table and is no failure. One process runs at a time; the eager ones of C1 and C2 need up to 20 GiB.
 """
 
 from __future__ import annotations

@@ -184,7 +184,8 @@ def measure(job: Job, adapter: Path, prepare: Callable[[PreTrainedModel, Job], P
             found[-1]["operators"] = trainer.profiled(phases[-1].batches[-1])["operators"]
     trained = sum(parameter.nbytes for parameter in prepared.named.values())
     return {"weights": weights, "trained": trained, "loaded": loaded, "prepare_seconds": prepare_seconds,
-            "first_step_seconds": first["seconds"], "first_loss": first["loss"], "phases": found, "smallest_gradient_norm": trainer.smallest, "weakest": trainer.weakest, "adapters": len(prepared.named),
+            "first_step_seconds": first["seconds"], "first_loss": first["loss"], "phases": found,
+            "smallest_gradient_norm": trainer.smallest, "weakest": trainer.weakest, "adapters": len(prepared.named),
             "passes": prepared.passes}
 
 
