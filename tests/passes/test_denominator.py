@@ -198,7 +198,10 @@ class Function(nn.Module):
     (lambda y, m: (y * torch.arange(y.shape[0])[:, None, None]).mean(), "place of a sample", "mul"),
     (lambda y, m: (y.mean(1).T @ y.mean(1)).mean(), "multiplies different samples", "matmul"),
     (lambda y, m: torch.einsum("bsc,bsd->cd", y, y).mean(), "multiplies different samples", "einsum"),
-], ids=range(18))
+    (lambda y, m: y.square().sum() / m.sum().expand(y.shape[0]).sum(), "repeats for each sample", "expand"),
+    (lambda y, m: y.square().sum() / torch.full((), y.shape[0]), "made a value", "full"),
+    (lambda y, m: (y * torch.full((3, 1, 1), y.shape[0]).sum()).mean(), "made a value", "full"),
+], ids=range(21))
 def test_what_mixes_samples_is_named(loss: Callable, message: str, node: str) -> None:
     found = reason(Function(loss), torch.randn(BATCH, LENGTH, WIDTH), torch.rand(BATCH, LENGTH))
     assert message in found.reason and found.where.startswith(node), found

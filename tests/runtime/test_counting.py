@@ -90,6 +90,19 @@ def test_batches_of_different_lengths_equal_one_padded_batch() -> None:
     assert (ours - wanted).abs().max() <= EXACT * wanted.abs().max()
 
 
+def test_packed_batches_weigh_as_padded_ones() -> None:
+    """The count is of the labels, whatever the passes make of the rows."""
+    batches = [models.tokens(batch=3, length=length, seed=length) for length in (12, 7, 9)]
+    for batch in batches:
+        batch["attention_mask"][1, -2:], batch["labels"][1, -2:] = 0, -100
+    opt = fxopt.optimize(models.llama(layers=1), "canonicalize | causal | fuse | loss | pack | compact | dead_code", inputs=batches[0])
+    result, (ours,) = trained(opt, batches, accumulate=3)
+    plain, (theirs,) = trained(models.llama(layers=1), batches, accumulate=3)
+    assert result.steps[0].items == plain.steps[0].items
+    torch.testing.assert_close(result.losses, plain.losses)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_a_loss_over_whole_labels_is_counted_as_the_graph_counts_it() -> None:
     """A masked language model is supervised at its first token too."""
     opt = fxopt.optimize(models.bert(dropout=0.0), "canonicalize")

@@ -184,8 +184,14 @@ def made(samples: Samples, node: fx.Node, given: Given) -> State:
 
 @rule("expand", "expand_as", "broadcast_to")
 def expand(samples: Samples, node: fx.Node, given: Given) -> State:
-    """Dimensions of size 1 repeated."""
-    return samples[node.args[0]]
+    """Dimensions of size 1 repeated; what is the same for all samples may be repeated for each."""
+    state = samples[node.args[0]]
+    if isinstance(state, Free):
+        made = samples.spread(node, state.data)
+        return replace(made, grad=state.grad) if isinstance(made, Free) else made
+    if not isinstance(state, Rows) and any(map(samples.holds_batch, meta.tensor(node).shape)):
+        return Mixed(node, "it repeats for each sample what is taken over all samples")
+    return state
 
 
 @rule("repeat")
@@ -297,7 +303,7 @@ def reduce(samples: Samples, node: fx.Node, given: Given) -> State:
         if state.by is not None and name not in ("sum", "mean"):
             return Mixed(node, f"`{name}` of what is divided by a count is no longer a quotient by it")
         return replace(state, dim=state.dim + (0 if given.get("keepdim") else sum(dim > state.dim for dim in dims)), data=is_data(samples, node))
-    if name == "sum" or name == "count_nonzero":
+    if name == "sum" or name == "count_nonzero" and state.by is None:
         return Total(frozenset({state.by}), is_data(samples, node))
     if name == "mean" and state.by is None:
         size = samples.elements(meta.tensor(source).shape[dim] for dim in dims)

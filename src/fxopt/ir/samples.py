@@ -93,6 +93,7 @@ class Mixed:
 
 State = Free | Rows | Order | Total | Counted | Mixed
 CONSTANT = "constant"
+FILLED = frozenset({"full", "full_like", "new_full", "scalar_tensor", "fill"})
 # Operators that leave the number of a sample as it is, or look it up.
 PLACED = frozenset({"to", "_to_copy", "clone", "contiguous", "alias", "detach", "view", "reshape", "unsqueeze", "squeeze", "flatten", "expand", "expand_as", "permute",
                     "transpose", "index"})
@@ -261,6 +262,8 @@ class Samples:
         rule = self.rule(node)
         counted = rule is self.rules["pointwise"] and any(not isinstance(self.states[source], Free) for source in sources)
         if name != "arange" and not counted and all(isinstance(state, Free) for state in states):
+            if name in FILLED and any(isinstance(arg, fx.Node) and not isinstance(self.states[arg], Free) for arg in node.args[-1:]):
+                return Mixed(node, "the number of samples is made a value")
             data = all(state.data for state in states) and not random(node)
             made = self.spread(node, data)
             return replace(made, grad=any(state.grad for state in states)) if isinstance(made, Free) else made
