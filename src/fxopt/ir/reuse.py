@@ -40,6 +40,7 @@ def _in_graph(graph: fx.Graph) -> int:
         for source in node.all_input_nodes:
             for memory in {root[source], *_others(source, root)}:
                 last[memory] = order[node]
+    whole = {node for node in graph.nodes if root[node] is node and _fresh(node)}  # values that are all of their memory
     changed = 0
     for node in list(graph.nodes):
         twin = _twin(node)
@@ -48,8 +49,9 @@ def _in_graph(graph: fx.Graph) -> int:
         swaps = (False, True) if node.target in _SWAPS and node.kwargs.get("alpha", 1) == 1 and len(node.args) == 2 else (False,)
         for swap in swaps:
             args = (node.args[1], node.args[0]) if swap else node.args
-            if isinstance(args[0], fx.Node) and _dies(args[0], node, root, last, order):
+            if isinstance(args[0], fx.Node) and args[0] in whole and _dies(args[0], node, root, last, order):
                 retarget(node, twin, tuple(args))
+                whole.add(node)
                 memory = root[args[0]]
                 last[memory] = max(last[memory], last.get(node, order[node]))
                 root = {value: memory if at is node else at for value, at in root.items()}
@@ -90,10 +92,10 @@ def _twin(node: fx.Node) -> Any:
 
 
 def _dies(operand: fx.Node, node: fx.Node, root: dict[fx.Node, fx.Node], last: dict[fx.Node, int], order: dict[fx.Node, int]) -> bool:
-    """Whether the operand's memory is its own, and the node is the last that reads it."""
-    a, b = meta.tensor(operand), meta.tensor(node)
-    if a is None or b is None or root[operand] is not operand or not _fresh(operand) or last.get(operand) != order[node]:
+    """Whether the node is the last that reads the operand's memory, reads it through the operand alone, and has a value of its kind."""
+    a, b, memory = meta.tensor(operand), meta.tensor(node), root[operand]
+    if a is None or b is None or last.get(memory) != order[node]:
         return False
-    if a.dtype != b.dtype or a.dim() != b.dim() or a.device != b.device or any(other is not operand and root[other] is operand for other in node.all_input_nodes):
+    if a.dtype != b.dtype or a.dim() != b.dim() or a.device != b.device or any(other is not operand and root[other] is memory for other in node.all_input_nodes):
         return False
     return all(meta.same_size(x, y) for x, y in zip((*a.shape, *a.stride()), (*b.shape, *b.stride()), strict=True)) and a.is_contiguous()

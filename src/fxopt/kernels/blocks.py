@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -23,8 +25,26 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(rows_of(x), x.shape[-1])
 
 
+_count: Callable[[int], AbstractContextManager[None]] | None = None
+
+
+@contextlib.contextmanager
+def first_only(count: Callable[[int], AbstractContextManager[None]]) -> Iterator[None]:
+    """Inside, `blocks` gives the first block alone, within `count(number of blocks)`: for a dry run all are alike."""
+    global _count
+    before, _count = _count, count
+    try:
+        yield
+    finally:
+        _count = before
+
+
 def blocks(rows: int, width: int) -> Iterator[slice]:
     """Slices of about `BLOCK` elements over `rows` rows of `width` elements."""
     step = max(1, BLOCK // max(1, width))
+    if _count is not None and rows > step:
+        with _count(-(-rows // step)):
+            yield slice(0, step)
+        return
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

@@ -6,7 +6,8 @@ worst case for fake ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fxopt.ir import meta
+from fxopt.kernels.blocks import first_only
 from fxopt.kernels.catalog import CATALOG
 from fxopt.kernels.op import Kernel
 
 aten = torch.ops.aten
+NEAR = 4 << 20  # bytes: blocks of the fused ops, and what a core's cache and its share of the last level hold
 _KERNELS: dict[Any, Kernel] = {kernel.overload: kernel for op in CATALOG for kernel in op.kernels}
 _ATTENTION = {aten._scaled_dot_product_flash_attention_for_cpu.default: (0, 1.0),
               aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (1, 2.5)}
@@ -30,16 +33,19 @@ _ATTENTION = {aten._scaled_dot_product_flash_attention_for_cpu.default: (0, 1.0)
 
 @dataclass
 class Work:
-    """What some operations cost: their number, floating point operations of products by dtype, bytes read and written by others."""
+    """What some operations cost: their number, floating point operations of products by dtype, bytes read and written by others:
+    `moved` from and to memory, `near` where all tensors of an operation fit into a cache."""
 
     calls: int = 0
     flops: dict[str, float] = field(default_factory=dict)
     moved: float = 0.0
+    near: float = 0.0
 
     def add(self, other: Work) -> None:
         """Count the other's operations too."""
         self.calls += other.calls
         self.moved += other.moved
+        self.near += other.near
         for kind, flops in other.flops.items():
             self.flops[kind] = self.flops.get(kind, 0.0) + flops
 
@@ -87,6 +93,7 @@ class _Counter(TorchDispatchMode):
         self.known: dict[int, StorageWeakRef] = {}  # the arguments' memory: not counted
         self.now = self.peak = 0
         self.node, self.peak_node = "", ""
+        self.times = 1
         self.nodes: dict[str, Work] = {}
 
     def ignore(self, tensor: torch.Tensor) -> None:
@@ -133,17 +140,30 @@ class _Counter(TorchDispatchMode):
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any, results: list[torch.Tensor]) -> None:
         work = self.nodes.setdefault(self.node, Work())
-        work.calls += 1
+        work.calls += self.times
         flops = _flops(func, args, kwargs, out)
         if flops:
             kind = str(results[0].dtype).removeprefix("torch.") if results else "float32"
             kind = f"attention {kind}" if func in _ATTENTION else kind
-            work.flops[kind] = work.flops.get(kind, 0.0) + flops
+            work.flops[kind] = work.flops.get(kind, 0.0) + flops * self.times
             return
         if func.namespace == "aten" and func._schema.name.split("::")[1] in _FREE:
             return
         read = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        work.moved += sum(_bytes(t) for t in (*read, *results))
+        touched = sum(_bytes(t) for t in (*read, *results))
+        if touched <= NEAR:
+            work.near += touched * self.times
+        else:
+            work.moved += touched * self.times
+
+    @contextlib.contextmanager
+    def repeated(self, number: int) -> Iterator[None]:
+        """What is done inside stands for `number` times the same."""
+        self.times *= number
+        try:
+            yield
+        finally:
+            self.times //= number
 
 
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "sym_size", "_unsafe_view"}
@@ -195,7 +215,7 @@ def run(module: fx.GraphModule, size: Callable[[Any], int]) -> Ran:
             if isinstance(arg, torch.Tensor):
                 counter.ignore(arg)
                 places[arg.untyped_storage()._cdata] = index
-        with counter:
+        with counter, first_only(counter.repeated):
             found = _Interpreter(module, counter).run(*args)
     outputs: list[Value] = []
     for value in found:

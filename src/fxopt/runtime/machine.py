@@ -22,17 +22,19 @@ class Machine:
     Attributes:
         flops: floating point operations a second in matrix products, by dtype; "attention float32" in attention.
         bytes: read and written a second by operations on tensors larger than the caches.
+        near: the same for tensors that fit into the caches.
         call: seconds that an operation costs beside.
     """
 
     flops: dict[str, float]
     bytes: float
+    near: float
     call: float
 
     def seconds(self, work: Work) -> float:
         """Time of some operations: products at their rate, others by the bytes that they move, and a cost of each call."""
         plain = self.flops["float32"]
-        return sum(count / self.flops.get(kind, plain) for kind, count in work.flops.items()) + work.moved / self.bytes + work.calls * self.call
+        return sum(count / self.flops.get(kind, plain) for kind, count in work.flops.items()) + work.moved / self.bytes + work.near / self.near + work.calls * self.call
 
 
 def _best(run: Callable[[], object], seconds: float) -> float:
@@ -55,7 +57,7 @@ def measured(device: str = "cpu", threads: int | None = None, seconds: float = 0
     """
     del threads  # a key of the cache: other numbers hold for other numbers of threads
     wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    each = seconds / 6
+    each = seconds / 7
 
     def timed(run: Callable[[], object]) -> float:
         return _best(lambda: (run(), wait()), each)
@@ -71,9 +73,11 @@ def measured(device: str = "cpu", threads: int | None = None, seconds: float = 0
         flops[name] = 4 * 8 * PRODUCT * PRODUCT * 64 * 0.5 / timed(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True))
         x, y = torch.randn(1 << 23, device=device), torch.empty(1 << 23, device=device)
         moved = 2 * x.numel() * x.element_size() / timed(lambda: torch.mul(x, 2.0, out=y))
+        x, y = torch.randn(1 << 17, device=device), torch.empty(1 << 17, device=device)
+        near = 2 * x.numel() * x.element_size() / timed(lambda: torch.mul(x, 2.0, out=y))
         small = torch.ones(8, device=device)
         call = timed(lambda: small + small)
-    return Machine(flops, moved, call)
+    return Machine(flops, moved, near, call)
 
 
 def present(device: str = "cpu") -> Machine:
