@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
@@ -253,7 +254,8 @@ class Dispatcher:
         if prove:
             # where a size is 0 or 1 the original code is the reference, or the same proof is due when such a call comes
             against = "its graph" if changed and not edge else "the model"
-            usable.checks.append(f"program against {against}: {self._compare_lowered(usable, small, fresh and not edge)}{on(small, call)}")
+            kinds = selfcheck.kinds(self.model) if changed and edge else None  # all gradients were compared with the capture's
+            usable.checks.append(f"program against {against}: {self._compare_lowered(usable, small, fresh and not edge, kinds)}{on(small, call)}")
             if edge:
                 entry.edges.add(_edges(tuple(tuple(t.shape) for t in call.tensors)))
 
@@ -308,7 +310,7 @@ class Dispatcher:
         return self._compare(lambda given: self._original(call, given), lambda given: raw.run(given, state), call,
                              f"the captured graph of {type(self.model).__name__}", wanted)
 
-    def _compare_lowered(self, lowered: Lowered, call: Call, fresh: bool) -> selfcheck.Outcome:
+    def _compare_lowered(self, lowered: Lowered, call: Call, fresh: bool, wanted: frozenset[str] | None = None) -> selfcheck.Outcome:
         """The bound program against the original code, whose weights are the adapted ones.
 
         `fresh`: right after the first capture, which was compared with the original before adapters came, the program's own
@@ -324,9 +326,10 @@ class Dispatcher:
         def original(given: Sequence[torch.Tensor]) -> Any:
             if drops or fresh and self._changes_function():
                 return program.run(given, live_state(self.model, names))
-            return self._original(call, given)
+            with adapted.only(self.model, wanted) if wanted is not None else contextlib.nullcontext():
+                return self._original(call, given)
 
-        return self._compare(original, lambda given: binding([t.contiguous() for t in given]), call, f"the optimized {type(self.model).__name__}")
+        return self._compare(original, lambda given: binding([t.contiguous() for t in given]), call, f"the optimized {type(self.model).__name__}", wanted)
 
     def _compare(self, original: selfcheck.Run, graph: selfcheck.Run, call: Call, what: str, wanted: frozenset[str] | None = None) -> selfcheck.Outcome:
         expected, found = (selfcheck.step(self.model, run, call.tensors, SEED, wanted) for run in (original, graph))

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 import fxopt
 from fxopt.errors import CaptureError
 from fxopt.ir.capture import Call, capture, guards
-from fxopt.runtime import selfcheck
+from fxopt.passes.lora import Lora
+from fxopt.runtime import adapted, selfcheck
 from fxopt.runtime.selfcheck import chosen
 from fxopt.runtime.smaller import smaller
 
@@ -96,6 +97,21 @@ def test_a_batch_of_one_is_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
     before = len(count)
     torch.testing.assert_close(opt(ids, ids.clone()), model(ids, ids.clone()))
     assert before == 4 and len(count) == before
+
+
+def test_adapters_that_add_nothing_are_left_out_of_all_weights_but_the_named() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), torch.randn(3, 8)
+    opt = fxopt.optimize(model, Lora(rank=2, targets=("0", "1")), inputs=(x,))
+    expected = opt(x)
+    with adapted.only(model, {"1.lora_B.default"}):
+        assert [weight.active for _, _, weight in adapted.weights_of(model)] == [None, "default"]
+        torch.testing.assert_close(model(x), expected)
+    with torch.no_grad():
+        model[0].lora_B["default"].fill_(1.0)
+    with adapted.only(model, set()):
+        assert [weight.active for _, _, weight in adapted.weights_of(model)] == ["default", None]
+    assert [weight.active for _, _, weight in adapted.weights_of(model)] == ["default"] * 2
 
 
 def test_a_gradient_that_is_wrong_in_one_layer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -324,3 +324,22 @@ def using(model: nn.Module, adapter: str | None) -> Iterator[None]:
     finally:
         for weight, active in before:
             weight.active = active
+
+
+@contextlib.contextmanager
+def only(model: nn.Module, names: Container[str]) -> Iterator[None]:
+    """Within, a weight whose adapter adds nothing yet (B is zero) is its base, unless one of the adapter's factors is named: the same
+    function, and no dense weight to compute."""
+    named = {id(parameter) for name, parameter in model.named_parameters() if name in names}
+    aside: list[tuple[Weight, str]] = []
+    for module, leaf, weight in weights_of(model):
+        parts = factors(module, leaf, weight.active) if weight.active is not None else {}
+        if parts.keys() == {"a", "b"} and not parts["b"].any() and not named & {id(part) for part in parts.values()}:
+            aside.append((weight, str(weight.active)))
+    try:
+        for weight, _ in aside:
+            weight.active = None
+        yield
+    finally:
+        for weight, adapter in aside:
+            weight.active = adapter

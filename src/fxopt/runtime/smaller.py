@@ -10,6 +10,7 @@ import torch.fx as fx
 
 from fxopt.ir import meta
 from fxopt.ir.capture import Call
+from fxopt.ir.index import static
 from fxopt.ir.program import Program, ShapeGuards
 
 SAMPLES = 2
@@ -78,15 +79,21 @@ def _pieces(program: Program, call: Call) -> Iterator[dict[tuple[int, int], tupl
 
 
 def _counts(program: Program) -> Iterator[int]:
-    """The whole numbers that the graph computes with where it computes no floating-point number, and at which it cuts."""
+    """The whole numbers that the graph computes with where it computes no floating-point number, and at which it cuts dynamic sizes."""
     for node in program.graph.nodes:
         val = meta.value(node)
-        if node.op != "call_function" or isinstance(val, torch.Tensor) and val.is_floating_point() and node.target is not torch.ops.aten.slice.Tensor:
+        if node.op != "call_function" or isinstance(val, torch.Tensor) and val.is_floating_point() and not _cuts(node):
             continue
         for value in (*node.args[1:], *node.kwargs.values()):
             for each in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(each, int) and not isinstance(each, (bool, fx.Node)):
                     yield abs(each)
+
+
+def _cuts(node: fx.Node) -> bool:
+    if node.target is not torch.ops.aten.slice.Tensor:
+        return False
+    return static(meta.tensor(node.args[0]).shape[node.args[1] if len(node.args) > 1 else 0]) is None
 
 
 def _cut(call: Call, samples: int | None, pieces: dict[tuple[int, int], tuple[int, int]]) -> Call:
