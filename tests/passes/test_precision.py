@@ -158,17 +158,55 @@ def test_the_casts_of_a_known_graph() -> None:
 # -- what stays as it is -----------------------------------------------------------------------------------------------------
 
 
+class Positions(nn.Module):
+    """A product of positions and frequencies beside one that is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.map = nn.Linear(8, 8)
+        self.register_buffer("frequencies", torch.rand(2, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        place = torch.arange(x.shape[1])
+        return self.map(x) * torch.cos(torch.stack([place, place + 1], -1).to(torch.float32) @ self.frequencies)
+
+
 def test_positions_are_computed_as_they_are() -> None:
-    """A rotary table is a product of positions and frequencies: bf16 holds no position above 256."""
-    program, _ = captured(llama(2), tokens())
+    """bf16 holds no position above 256, fp16 none above 2,048."""
+    program, sample = captured(Positions(), (torch.randn(2, 3001, 8),))
+    after = apply(build("precision", dtype="bf16"), program, sample)
+    assert {node.name: node.meta["val"].dtype for node in after.nodes if node.target in (aten.matmul.default, aten.mm.default, aten.linear.default)} == {
+        "linear": torch.bfloat16, "matmul": torch.float32}
+    _, error, _, _ = dtypes_ranges.difference(dtypes_ranges.run(program, sample), dtypes_ranges.run(after, sample))
+    assert error <= torch.finfo(torch.bfloat16).eps
+
+
+class Stream(nn.Module):
+    """Layers that add to a stream; with it in 16 bits there would be two casts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(7, 8), nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(4))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + F.gelu(layer(x))
+        return x
+
+
+def test_streams_stay_wide_and_what_is_rounded_anyway_does_not() -> None:
+    dtypes_of = lambda program, target: [node.meta["val"].dtype for node in program.nodes if node.target is target]  # noqa: E731
+    for model, given in ((handwritten(), pairs()), (Stream(), (torch.arange(7)[None],))):
+        after = apply(build("precision", dtype="bf16"), captured(model, given)[0])
+        assert set(dtypes_of(after, aten.add.Tensor)) | set(dtypes_of(after, aten.layer_norm.default)) == {torch.float32}
+        assert set(dtypes_of(after, aten.gelu.default)) == {torch.bfloat16}
+    assert [cast.args[0].name for cast in made_casts(after) if cast.args[0].op != "get_attr"] == ["embedding", "add", "add_1", "add_2"]
+    program, _ = captured(convnet(), images())
     after = apply(build("precision", dtype="bf16"), program)
-    tables = [node for node in after.nodes if node.target in (aten.cos.default, aten.sin.default)]
-    assert tables and all(node.meta["val"].dtype == torch.float32 for node in tables)
-    stack = list(tables)
-    while stack:
-        node = stack.pop()
-        assert not (node.target is aten.to.dtype and node.args[1] == torch.bfloat16)
-        stack.extend(node.all_input_nodes)
+    found = [*dtypes_of(after, aten.batch_norm.default), *dtypes_of(after, aten.relu.default), *dtypes_of(after, aten.add.Tensor)]
+    assert len(found) > 15 and set(found) == {torch.bfloat16}
 
 
 def test_what_the_model_computes_in_16_bits_stays_or_is_widened() -> None:
@@ -249,10 +287,27 @@ def test_random_programs_on_many(spec: Spec) -> None:
     try_precisions(spec)
 
 
-def test_written_values_are_cast_when_they_are_read() -> None:
-    """A value that is written in place between two readers: each sees its own moment."""
+def test_what_is_written_in_place_is_not_cast() -> None:
+    """A cast is a copy: of a value that is written between two readers it would be the wrong one for one of them."""
     steps = (Step("linear"), Step("in_place", option=4), Step("linear"), Step("in_place", option=2), Step("linear", option=1))
     try_precisions(Spec(steps, blocks=2, ids=False))
+
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = nn.Linear(4, 4)
+            self.register_buffer("average", torch.zeros(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            before = self.map(self.average + 0.0 * x)
+            self.average.mul_(0.5).add_(1.0)
+            return before + self.map(self.average)
+
+    program, sample = captured(Written(), (torch.randn(3, 4),))
+    after = apply(build("precision", dtype="bf16"), program, sample)
+    exact, found = (dtypes_ranges.run(each, sample).outputs[0] for each in (program, after))
+    assert float((found - exact).norm() / exact.norm()) <= torch.finfo(torch.bfloat16).eps
+    assert "writes in place" in next(iter(kept(after).values()))
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -279,6 +334,30 @@ def test_adapters_on_quantized_weights_train(dtype: str) -> None:
     assert losses[-1] < losses[0]
     with torch.no_grad():
         assert opt(**tokens()).logits.dtype == torch.float32
+
+
+def test_frozen_weights_stored_in_16_bits_need_no_casts() -> None:
+    passes = "canonicalize | causal | lora(rank=2) | quantize(bf16) | siblings | fuse | loss | precision(bf16) | remat"
+    model = llama(2)
+    dense = {name: p.detach().clone() for name, p in model.named_parameters() if "_proj" in name}
+    opt = fxopt.optimize(model, passes, inputs=tokens(), check=False)
+    state = opt.state_dict()
+    assert all(state[name].dtype == torch.bfloat16 and torch.equal(state[name], value.bfloat16()) for name, value in dense.items())
+    cast = {cast.args[0].target for cast in made_casts(opt.program) if cast.args[0].op == "get_attr"}
+    assert not any("_proj" in name and "lora" not in name for name in cast)
+    loss = opt(**tokens()).loss
+    loss.backward()
+    assert all(p.grad is not None for p in opt.parameters() if p.requires_grad)
+    other = fxopt.optimize(llama(2), passes, inputs=tokens(), check=False)
+    with torch.no_grad():
+        next(p for p in opt.parameters() if p.requires_grad).add_(1.0)
+    other.load_state_dict(opt.state_dict())
+    assert torch.equal(opt(**tokens()).loss, other(**tokens()).loss)
+    with torch.no_grad():
+        for p in opt.parameters():
+            p.add_(0.1 * p.requires_grad)
+    merged = opt.merge(base="stored")
+    assert all(merged.get_parameter(name).dtype == value.dtype for name, value in dense.items())
 
 
 def test_regions_compute_what_the_program_says() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +101,11 @@ def tensors(node: fx.Node) -> list[torch.Tensor]:
     if isinstance(val, torch.Tensor):
         return [val]
     return [leaf for leaf in pytree.tree_leaves(val) if isinstance(leaf, torch.Tensor)]
+
+
+def float_dtypes(nodes: Iterable[fx.Node]) -> set[torch.dtype]:
+    """The floating point dtypes that some nodes' values have: a program is no more exact than the coarsest of them."""
+    return {t.dtype for node in nodes for t in tensors(node) if t.is_floating_point()}
 
 
 def describe(val: Any) -> str:

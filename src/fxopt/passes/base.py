@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
 from fxopt.ir.edit import Edit
 
 
@@ -23,15 +21,12 @@ class Promise:
         gradients: "all" (every parameter that took a gradient still does), or "declared" (the pass freezes some by name).
         bound: for "bounded", the relative error of the replaced values (Frobenius norm), as the pass documents it.
         outputs: "all", or "declared" (parts of what the model returns beside the loss, which the pass documents, have other values).
-        rounds: the coarsest dtype in which the pass computes what the model computes in a wider one; a comparison with the model has to
-            allow for as much as in a model of that dtype. None: dtypes stay.
         random: "same" (the same random operations in the same order, so one seed gives the same numbers), or "declared".
     """
 
     values: str = "tolerance"
     gradients: str = "all"
     bound: float | None = None
-    rounds: torch.dtype | None = None
     random: str = "same"
     outputs: str = "all"
 

@@ -164,7 +164,8 @@ def learned(edit: Edit) -> set[fx.Node]:
     for node in edit.nodes:
         slot = edit.slots.get(str(node.target)) if node.op == "get_attr" else None
         source = slot is not None and (slot.kind == "parameter" or slot.made is not None) or node.op == "placeholder" and dtype_of(node) is not None
-        if source or any(each in found for each in node.all_input_nodes):
+        floats = any(t.is_floating_point() or t.is_complex() for t in meta.tensors(node))
+        if source or floats and any(each in found for each in node.all_input_nodes):  # a size, or an index, carries nothing on
             found.add(node)
     return found
 

@@ -36,7 +36,6 @@ class Plan:
         mixed: sums in the program's dtype that read what is added in either dtype, with that operand: adding widens in the same kernel.
         dropped: casts of the program that become reads of a value in `to`.
         saturated: values that are cast with saturation.
-        private: values whose memory is written: each reader casts for itself, when it reads.
         reasons: for nodes that `to` was refused for other reasons than their kind, the reason.
         casts: how many values the cut casts.
     """
@@ -46,7 +45,6 @@ class Plan:
     mixed: dict[fx.Node, fx.Node] = field(default_factory=dict)
     dropped: set[fx.Node] = field(default_factory=set)
     saturated: set[fx.Node] = field(default_factory=set)
-    private: set[fx.Node] = field(default_factory=set)
     reasons: dict[fx.Node, str] = field(default_factory=dict)
     casts: int = 0
 
@@ -78,7 +76,8 @@ class _Planner:
         self.huge = dtypes.huge(edit, to, self.learned, inputs_beyond) if to != torch.float32 else set()
         names = {node.name: node for node in edit.nodes}
         self.outside = {names[name]: why for name, why in outside.items() if name in names and names[name] not in self.huge}
-        self.found = Plan(to, saturated=self.huge, private={node for node, roots in self.flow.roots.items() if roots & self.flow.written})
+        self.written = {node for node, roots in self.flow.roots.items() if roots & self.flow.written}
+        self.found = Plan(to, saturated=self.huge)
 
     def plan(self) -> Plan:
         """Fix what is not free, and cut."""
@@ -115,8 +114,9 @@ class _Planner:
         known = {*self.sources, self.to}
         if not read <= known or not made <= known or not (read | made) & set(self.sources):
             return False
-        if self.found.private & {node} or (mutates(node) and rule.kind is not STATISTIC) or any(each in self.found.private for each, follows in
-                                                                                           dtypes.operands(node) if follows):
+        if node in self.written or mutates(node) and rule.kind is not STATISTIC or any(each in self.written for each, follows in dtypes.operands(node) if follows):
+            if rule.kind is PRODUCT:  # a cast is a copy: it would be of the moment when it is made
+                self.found.reasons[node] = "it shares memory that the program writes in place"
             return False
         if self.to == torch.float32:  # what works in 16 bits works in 32
             if rule.own and target.namespace == "aten" and any(dtype_of(each) in NARROW for each, follows in dtypes.operands(node) if not follows):
@@ -260,10 +260,9 @@ class _Rewriter:
         value = self.instead.get(value, value)
         if dtype_of(value) == dtype:
             return value
-        private = value in self.plan.private
-        found = None if private else self.versions.get((value, dtype))
+        found = self.versions.get((value, dtype))
         if found is None:
-            like = reader if private or value.op != "call_function" else self._place(value, reader)
+            like = reader if value.op != "call_function" else self._place(value, reader)
             source = value
             if value in self.plan.saturated and dtype in NARROW:
                 source = self.edit.call(aten.clamp.default, (value, torch.finfo(dtype).min, torch.finfo(dtype).max), like=like, before=reader)

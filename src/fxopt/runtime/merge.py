@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 
 from fxopt.errors import CallError, CaptureError, CheckError, DataError, FxoptError
+from fxopt.ir import meta
 from fxopt.ir.capture import Call
 from fxopt.kernels import tolerance
 from fxopt.runtime import adapted
@@ -262,7 +263,9 @@ class Merge:
                 if merged.relative > effect.relative:
                     notes.append("the change of base moves the outputs further than the adapter does: the adapter was trained on another base")
                 return dataclasses.replace(report, notes=(*report.notes, *notes))
-            eps = max(torch.finfo(t.dtype).eps for t in (*mine.tensors, *wanted.tensors, *self.model.parameters()) if t.is_floating_point())
+            dtypes = {t.dtype for t in (*mine.tensors, *wanted.tensors, *self.model.parameters()) if t.is_floating_point()}
+            ran = getattr(program, "program", None)  # it may compute in a coarser dtype than it returns
+            eps = max(torch.finfo(dtype).eps for dtype in dtypes | (set() if ran is None else meta.float_dtypes(ran.nodes)))
             with self.rounded(eps, seed=0):
                 response = difference(mine, outputs(self.module(*args, **kwargs))).relative
         allowed = tolerance.merged(response, eps)
