@@ -92,6 +92,30 @@ def test_few_labels(kind: str, kept: str) -> None:
     compare(kind, (ids, mask, labels.masked_fill(last == 0, -100)))
 
 
+# what a model returns, and the same of the mask: True where a row is live
+RETURNED: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "cut at the end": (lambda x: x[:, :-1], lambda live: live[:, :-1]), "cut at the start": (lambda x: x[:, 2:], lambda live: live[:, 2:]),
+    "flat": (lambda x: x.reshape(-1, x.shape[-1]), lambda live: live.flatten()), "cut and flat": (lambda x: x[:, 1:].flatten(0, 1), lambda live: live[:, 1:].flatten()),
+    "heads first": (lambda x: x.unflatten(-1, (2, -1)).transpose(1, 2), lambda live: live[:, None].expand(-1, 2, -1)),
+    "tokens first": (lambda x: x.transpose(0, 1), lambda live: live.t()), "a number each": (lambda x: x.square().sum(-1), lambda live: live),
+}
+
+
+@pytest.mark.parametrize("how", RETURNED)
+def test_values_that_are_returned(how: str) -> None:
+    """Put back where they were, zero at padding."""
+    make, of_mask = RETURNED[how]
+    model = Tokens(masked_mean, causal=False, returns=lambda model, loss, x: (loss, make(x)))
+    before = program_of(model)
+    after, state = apply(Pack(4), before), dict(model.named_parameters())
+    assert after.log[-1].rewrites, after.log[-1]
+    for mask in (right([7, 2, 4], 7), right([5, 1, 3, 2, 5], 5).flip(1)):
+        tensors = batch(*mask.shape, mask)
+        expected, found = (program.run(tensors, state)[1] for program in (before, after))
+        live = of_mask(mask != 0)
+        assert found.shape == expected.shape and same(found[live], expected[live]) and not found[~live].any()
+
+
 @settings(max_examples=12, derandomize=True, deadline=None, database=None)
 @given(st.data())
 def test_random_masks(data: st.DataObject) -> None:
