@@ -345,6 +345,9 @@ def test_frozen_weights_stored_in_16_bits_need_no_casts() -> None:
     assert all(state[name].dtype == torch.bfloat16 and torch.equal(state[name], value.bfloat16()) for name, value in dense.items())
     cast = {cast.args[0].target for cast in made_casts(opt.program) if cast.args[0].op == "get_attr"}
     assert not any("_proj" in name and "lora" not in name for name in cast)
+    assert any(note.startswith("1 frozen weights are cast") for record in opt.program.log for note in record.notes)  # the head
+    plain = run("canonicalize | lora(rank=2) | precision(bf16)", capture(llama(2), Call.of((), tokens())))
+    assert any(note.startswith("15 frozen weights are cast in each step") for note in plain.log[-1].notes)
     loss = opt(**tokens()).loss
     loss.backward()
     assert all(p.grad is not None for p in opt.parameters() if p.requires_grad)

@@ -114,7 +114,8 @@ class _Planner:
         known = {*self.sources, self.to}
         if not read <= known or not made <= known or not (read | made) & set(self.sources):
             return False
-        if node in self.written or mutates(node) and rule.kind is not STATISTIC or any(each in self.written for each, follows in dtypes.operands(node) if follows):
+        reads_written = any(each in self.written for each, follows in dtypes.operands(node) if follows)
+        if reads_written or node in self.written or mutates(node) and rule.kind is not STATISTIC:
             if rule.kind is PRODUCT:  # a cast is a copy: it would be of the moment when it is made
                 self.found.reasons[node] = "it shares memory that the program writes in place"
             return False
@@ -240,7 +241,8 @@ class _Rewriter:
             elif node.op == "call_function":
                 self._give(node)
         self.edit.dead()
-        return [node for node in self.made if node in set(self.edit.nodes)]
+        left = set(self.edit.nodes)
+        return [node for node in self.made if node in left]
 
     def _give(self, node: fx.Node) -> None:
         narrow = node in self.plan.narrow

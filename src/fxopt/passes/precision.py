@@ -159,6 +159,12 @@ class Precision(Pass):
         state = sum(_origin(cast).op == "get_attr" for cast in casts)
         edit.note(f"{len(narrow)} nodes compute in {_short(to)} ({products} products), {len(wide)} do not; {len(casts)} casts: {state} of state, "
                   f"{len(casts) - state} of other values")
+        frozen = [cast for cast in casts if (source := _origin(cast)).op == "get_attr" and str(source.target) in edit.slots
+                  and not edit.trainable(str(source.target)) and meta.tensor(cast).dim() > 1]
+        if frozen and to in NARROW:
+            size = sum(map(dtypes_plan.bytes_of, frozen))
+            edit.note(f"{len(frozen)} frozen weights are cast in each step ({size / 2**20:.3g} MiB): quantize({_short(to)}) in front of this pass "
+                      "stores them so")
         if to in NARROW:
             saved = sum(dtypes_plan.bytes_of(node) for node in narrow if not is_view(node) and node.op == "call_function" and dtype_of(node) == to)
             spent = sum(dtypes_plan.bytes_of(cast) for cast in casts if _origin(cast).op != "get_attr")
