@@ -17,7 +17,7 @@ from fxopt.runtime import selfcheck
 
 QUICK = settings(max_examples=15, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
 LONG = settings(QUICK, max_examples=400, phases=list(Phase))
-PIPELINES = ("", "remat", str(fxopt.presets.exact()), "canonicalize | fuse | loss")
+PIPELINES = ("", "remat", str(fxopt.presets.exact()), "canonicalize | fuse | loss", "canonicalize | fuse | loss | memory(least)")
 STRIDES = Spec((Step("special", option=1), Step("norm", 3, 2, 9), Step("linear", 3, 2, 1), Step("attention", 3, 0, 7), Step("attention", 1, 3, 3)),
                head="none", outputs="value", seed=70)
 UNTRAINED = Spec((Step("broadcast", 3, 0, 3),), ids=False, head="pad cap", outputs="dict", seed=27)
@@ -46,6 +46,7 @@ def check(spec: Spec, passes: str) -> None:
 @example(STRIDES, "")
 @example(UNTRAINED, "")
 @example(UNTRAINED, str(fxopt.presets.exact()))
+@example(STRIDES, "canonicalize | fuse | loss | memory(least)")
 @given(specs(), st.sampled_from(PIPELINES))
 def test_random_programs(spec: Spec, passes: str) -> None:
     check(spec, passes)

@@ -23,7 +23,7 @@ def exact() -> Pipeline:
 
 
 def finetune(rank: int = 16, alpha: float | None = None, quantize: str | None = None, targets: str | Sequence[str] = "all-linear",
-             remat: bool = True) -> Pipeline:
+             remat: bool = True, memory: int | str | None = None, pack: bool = False, precision: str | None = None) -> Pipeline:
     """LoRA fine-tuning: adapters on the linear layers, the rest frozen and perhaps quantized, then what `exact` does.
 
     Args:
@@ -32,11 +32,16 @@ def finetune(rank: int = 16, alpha: float | None = None, quantize: str | None = 
         quantize: a format for the frozen weights, such as "nf4"; None keeps them as they are.
         targets: which layers take adapters; see the lora pass.
         remat: recompute what is pointwise in the backward instead of keeping it.
+        memory: bytes that a training step may take, or "least": planned in place of `remat`.
+        pack: leave padding out of the step, and rows without a label out of the last layer; see the pack and compact passes.
+        precision: what matrix products compute in, such as "bf16"; None keeps the model's dtypes.
 
     Raises:
         PassError: an argument that the passes do not take.
     """
     adapters = Lora(rank, alpha, targets if isinstance(targets, str) else tuple(targets))
     stored: tuple[Pass, ...] = (build("quantize", quantize),) if quantize is not None else ()
-    saved: tuple[Pass, ...] = (Remat(),) if remat else ()
-    return Pipeline((Canonicalize(), Causal(), adapters, *stored, Siblings(), Fuse(), Loss(), *saved, DeadCode()))
+    rows: tuple[Pass, ...] = (build("pack"), build("compact")) if pack else ()
+    dtypes: tuple[Pass, ...] = (build("precision", precision),) if precision is not None else ()
+    saved: tuple[Pass, ...] = (build("memory", memory),) if memory is not None else (Remat(),) if remat else ()
+    return Pipeline((Canonicalize(), Causal(), adapters, *stored, Siblings(), Fuse(), Loss(), *rows, *dtypes, *saved, DeadCode()))
