@@ -131,6 +131,14 @@ def test_a_loss_of_each_row_is_left() -> None:
     assert not record.rewrites and "a loss of each row" in record.misses[0].reason
 
 
+def test_sequences_cut_at_a_length_are_left() -> None:
+    def beginning(model: Tokens, x: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(x[:, :5], model.embed.weight).flatten(0, 1), labels[:, :5].flatten())
+
+    record = apply(Compact(), program_of(Deep(beginning))).log[-1]
+    assert not record.rewrites and "the number of rows is fixed" in record.misses[0].reason
+
+
 def test_mixing_behind_the_attention_ends_it() -> None:
     record = apply(Compact(), program_of(Deep(here, mix=lambda x: x.cumsum(1)))).log[-1]
     assert record.rewrites and "cumsum_1" in record.notes[0]  # the MLP and the norm are behind it

@@ -88,8 +88,11 @@ class _Sizes:
             node = node.args[0]
         shape = meta.tensor(node).shape
         if len(shape) >= 3 and called(node, aten.slice.Tensor):
-            step = step_of(node, lambda x: Layout(-2, -3) if x is node.args[0] else None, {})
-            if step.how == "cut":
+            try:
+                step = step_of(node, lambda x: Layout(-2, -3) if x is node.args[0] else None, {})
+            except Mixed:
+                step = None  # a cut at a length: the rows are those that are left
+            if step is not None and step.how == "cut":
                 start, stop, shape = step.layout.start, step.layout.stop, meta.tensor(node.args[0]).shape
         sizes = [expression(size) for size in shape]
         if len(sizes) >= 3 and not sizes[-3].is_Integer and not sizes[-2].is_Integer:
