@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import CallError, CaptureError
-from fxopt.ir import regions
+from fxopt.ir import meta, regions
 from fxopt.ir.capture import Call, capture, guards
 from fxopt.ir.edit import mutates
 from fxopt.ir.program import Assumption, Program, Sample, ShapeGuards
@@ -329,11 +329,13 @@ class Dispatcher:
             with adapted.only(self.model, wanted) if wanted is not None else contextlib.nullcontext():
                 return self._original(call, given)
 
-        return self._compare(original, lambda given: binding([t.contiguous() for t in given]), call, f"the optimized {type(self.model).__name__}", wanted)
+        return self._compare(original, lambda given: binding([t.contiguous() for t in given]), call, f"the optimized {type(self.model).__name__}", wanted,
+                             meta.float_dtypes(program.nodes))
 
-    def _compare(self, original: selfcheck.Run, graph: selfcheck.Run, call: Call, what: str, wanted: frozenset[str] | None = None) -> selfcheck.Outcome:
+    def _compare(self, original: selfcheck.Run, graph: selfcheck.Run, call: Call, what: str, wanted: frozenset[str] | None = None,
+                 computed: Iterable[torch.dtype] = ()) -> selfcheck.Outcome:
         expected, found = (selfcheck.step(self.model, run, call.tensors, SEED, wanted) for run in (original, graph))
-        return selfcheck.compare(self.model, expected, found, what, lambda: selfcheck.rounded(self.model, original, call.tensors, SEED, wanted))
+        return selfcheck.compare(self.model, expected, found, what, lambda: selfcheck.rounded(self.model, original, call.tensors, SEED, wanted), computed)
 
     def _edge(self, entry: Entry, call: Call, shapes: Any) -> str:
         """A size of 0 or 1 where the capture assumed at least 2: proven by one comparison per pattern of such sizes."""

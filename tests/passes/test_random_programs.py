@@ -29,6 +29,7 @@ SIZES = (SIZE, (2, 7), (4, 3))
 
 # Arguments worth trying, by pass; a pass that is not here is tried as it is.
 ARGUMENTS: dict[str, tuple[dict[str, object], ...]] = {
+    "memory": ({"budget": "least"},),
     "precision": ({"dtype": "fp32"},),  # as exact as before or more; what 16 bits do is in test_precision.py
     "lora": ({"rank": 2}, {"rank": 3, "alpha": 1.0}, {"rank": 2, "variant": "rslora"}, {"rank": 2, "variant": "dora"}, {"rank": 2, "dropout": 0.2}),
     "quantize": ({"format": "nf4"}, {"format": "nf4", "head": True}, {"format": "nf4_nested"}, {"format": "int8"}, {"format": "fp8"}),

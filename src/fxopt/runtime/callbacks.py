@@ -20,7 +20,7 @@ class Step:
     """Norm of all gradients before clipping."""
     tokens: int
     """Real tokens: where the attention mask is not 0."""
-    items: int
+    items: float
     """What the loss is the mean of: supervised label tokens where batches have labels."""
     seconds: float
     """From fetching the first batch to the end of the optimizer's step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,11 +176,13 @@ def rounded(model: nn.Module, run: Run, inputs: Sequence[torch.Tensor], seed: in
     return found
 
 
-def compare(model: nn.Module, expected: Step, found: Step, what: str, rounding: Callable[[], list[Step]] | None = None) -> Outcome:
+def compare(model: nn.Module, expected: Step, found: Step, what: str, rounding: Callable[[], list[Step]] | None = None,
+            computed: Iterable[torch.dtype] = ()) -> Outcome:
     """Raise unless two steps agree.
 
     Args:
         rounding: asked only if they do not at first: see `rounded`. A tensor may then differ by what rounding does to it.
+        computed: the floating point dtypes of what lies between inputs and outputs, where it is known.
 
     Raises:
         CaptureError: naming the first output, gradient or buffer that differs, with both norms.
@@ -190,6 +192,7 @@ def compare(model: nn.Module, expected: Step, found: Step, what: str, rounding: 
     worst, place = 0.0, "nothing"
     # a gradient is no better than the coarsest dtype that it may have passed through
     dtypes = {t.dtype for t in (*model.parameters(), *model.buffers(), *_tensors(expected.outputs)) if t.is_floating_point()} or {torch.float32}
+    dtypes |= set(computed) & SELF_CHECK.keys()
     devices = {t.device.type for t in (*model.parameters(), *_tensors(expected.outputs))}
     dtypes |= {torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
     coarsest = max(SELF_CHECK.get(dtype, 0.0) for dtype in dtypes)
