@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from fxopt.kernels.cases import HIDDEN, HUGE_ROWS, HUGE_WIDTH, MLP, dtypes, normal, tensors
-from fxopt.kernels.formats import FORMATS, Format
+from fxopt.kernels.formats import FORMATS, PLAIN, Format
 from fxopt.kernels.formats.gguf import LAYOUTS
 from fxopt.kernels.op import Case
 
@@ -46,7 +46,7 @@ def rows() -> Iterator[tuple[str, Case]]:
     """(label, call) at the sizes of `kernels/cases.py`."""
     for format in FORMATS.values():
         shape = row_shape(format)
-        if format.name != "dense":
+        if format.name not in PLAIN:
             base = base_of(format, normal(*shape, scale=0.02))
             yield format.name, Case((*base, format.name, list(shape), torch.float32), lists=((0, len(base)),))
 
@@ -59,7 +59,7 @@ def row_shape(format: Format) -> tuple[int, int]:
 def huge() -> Iterator[tuple[str, Case]]:
     """More than 2^31 weights in each format."""
     for format in FORMATS.values():
-        if format.name != "dense":
+        if format.name not in PLAIN:
             shape = (HUGE_ROWS, HUGE_WIDTH)
             base = [torch.empty(part.shape(shape), dtype=part.dtype) for part in format.parts]
             yield format.name, Case((*base, format.name, list(shape), torch.bfloat16), lists=((0, len(base)),))

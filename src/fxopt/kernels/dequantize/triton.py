@@ -12,7 +12,7 @@ import triton.language as tl
 
 from fxopt.kernels.blocks import as_rows
 from fxopt.kernels.dequantize import body
-from fxopt.kernels.formats import named
+from fxopt.kernels.formats import PLAIN, named
 from fxopt.kernels.formats.gguf import LAYOUTS
 from fxopt.kernels.formats.nf4 import BLOCK
 from fxopt.kernels.formats.triton import e4m3, half_at, nf4_levels, nf4_scales
@@ -90,7 +90,7 @@ _RUNS = {"q6_k": 16}
 
 def dense(base, format, shape, dtype):
     """The weight of these parts in fp16, bf16 or fp32; `base` must be checked. "dense": the weight itself, or a cast of it."""
-    if format in ("dense", "bf16", "fp16"):
+    if format in PLAIN:
         return base[0].to(dtype)
     base = [part.contiguous() for part in base]
     out = base[0].new_empty(shape, dtype=dtype)

@@ -23,6 +23,10 @@ from fxopt.kernels.formats.per_row import FP8, INT8
 FORMATS: dict[str, Format] = {format.name: format for format in (DENSE, BF16, FP16, NF4, NF4_NESTED, INT8, FP8, *GGUF)}
 
 
+PLAIN = ("dense", "bf16", "fp16")
+"""Formats that hold the weight itself: it is read by a cast, and nothing is decoded."""
+
+
 def named(name: str) -> Format:
     """The format of this name.
 

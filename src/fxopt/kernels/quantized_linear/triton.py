@@ -16,7 +16,7 @@ import triton.language as tl
 from fxopt.kernels import linear
 from fxopt.kernels.blocks import as_rows
 from fxopt.kernels.dequantize.triton import dense
-from fxopt.kernels.formats import named
+from fxopt.kernels.formats import PLAIN, named
 from fxopt.kernels.formats.nf4 import BLOCK
 from fxopt.kernels.formats.triton import e4m3, nf4_levels, nf4_scales
 from fxopt.kernels.launch import Target, cdiv, launch, next_power_of_2, target
@@ -206,7 +206,7 @@ def forward(x, base, format, shape, bias, transposed):
     if x.dtype == torch.float64:
         return body.forward(x, base, format, shape, bias, transposed)
     body.check(x, base, format, shape, transposed)
-    if format == "dense":
+    if format in PLAIN:
         return linear.apply(x, dense(base, format, shape, x.dtype), bias, transposed)
     y = matmul(as_rows(x), base, format, shape, transposed, bias=bias)
     return y.view(*x.shape[:-1], y.shape[1])
