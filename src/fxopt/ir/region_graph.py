@@ -111,15 +111,20 @@ def detach_outputs(graph: fx.Graph, keep: set[int]) -> None:
 
 
 def share_sizes(graph: fx.Graph) -> None:
-    """Sizes that are known to be equal are read from the first node that computes them, so that the sizes of the inputs give all others."""
-    first: dict[Any, fx.Node] = {}
+    """A size of a reshaped tensor is read from the reshape's own sizes, and each size is computed once. By the graph alone: that two
+    symbols are equal in a trace says nothing of another call."""
+    known: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        val = node.meta.get("val")
-        if node.op == "call_function" and isinstance(val, torch.SymInt):
-            known = first.setdefault(val.node.expr, node)
-            if known is not node:
-                node.replace_all_uses_with(known)
-                graph.erase_node(node)
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.SymInt):
+            continue
+        same = known.setdefault((node.target, node.args), node)
+        source = node.args[0]
+        if node.target is torch.ops.aten.sym_size.int and isinstance(source, fx.Node) and source.target is torch.ops.aten.reshape.default:
+            size = source.args[1][node.args[1]]
+            same = size if isinstance(size, fx.Node) else same
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
 
 
 def drop_unread(graph: fx.Graph) -> None:
