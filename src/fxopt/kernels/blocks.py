@@ -29,8 +29,9 @@ _count: Callable[[int], AbstractContextManager[None]] | None = None
 
 
 @contextlib.contextmanager
-def first_only(count: Callable[[int], AbstractContextManager[None]]) -> Iterator[None]:
-    """Inside, `blocks` gives the first block alone, within `count(number of blocks)`: for a dry run all are alike."""
+def two_only(count: Callable[[int], AbstractContextManager[None]]) -> Iterator[None]:
+    """Inside, `blocks` gives two blocks alone, the first within `count(number of the others)`: for a dry run all are alike, but for
+    what is left of the one before."""
     global _count
     before, _count = _count, count
     try:
@@ -43,8 +44,9 @@ def blocks(rows: int, width: int) -> Iterator[slice]:
     """Slices of about `BLOCK` elements over `rows` rows of `width` elements."""
     step = max(1, BLOCK // max(1, width))
     if _count is not None and rows > step:
-        with _count(-(-rows // step)):
+        with _count(-(-rows // step) - 1):
             yield slice(0, step)
+        yield slice(step, min(2 * step, rows))
         return
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

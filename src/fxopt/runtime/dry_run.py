@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fxopt.ir import meta
-from fxopt.kernels.blocks import first_only
+from fxopt.kernels.blocks import two_only
 from fxopt.kernels.catalog import CATALOG
 from fxopt.kernels.op import Kernel
 
@@ -215,7 +215,7 @@ def run(module: fx.GraphModule, size: Callable[[Any], int]) -> Ran:
             if isinstance(arg, torch.Tensor):
                 counter.ignore(arg)
                 places[arg.untyped_storage()._cdata] = index
-        with counter, first_only(counter.repeated):
+        with counter, two_only(counter.repeated):
             found = _Interpreter(module, counter).run(*args)
     outputs: list[Value] = []
     for value in found:
