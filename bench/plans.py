@@ -20,6 +20,7 @@ import torch
 
 from bench.configurations import ARCHITECTURES, Architecture
 from bench.machine import describe
+from bench.report import machine_line
 import fxopt
 from fxopt.errors import FxoptError
 from fxopt.kernels.tolerance import same
@@ -110,9 +111,9 @@ def main() -> int:
               sep="\n", file=sys.stderr)
     failed += [f"{r['row']}, {r['budget']}: the gradients differ" for r in records if not r["equal"]]
     failed += [f"{r['row']}, {r['budget']}: {size(r['measured'])} is above the budget" for r in records if not r["within"]]
-    if not arguments.only:
+    if records and not arguments.only:
         RESULTS.write_text("".join(json.dumps(r) + "\n" for r in [{"machine": describe()}, *records]))
-        PAGE.write_text(page(records, str(describe())))
+        PAGE.write_text(page(records, machine_line(describe())))
     print("\n".join(failed))
     return 1 if failed else 0
 
