@@ -116,7 +116,7 @@ def uncompiled(row: headlines.Row) -> list[str]:
     return [name for name, system in row.systems.items() if system.peer == "hf" and system.compile is None]
 
 
-@pytest.mark.parametrize("name", [name if name == "C5" else pytest.param(name, marks=pytest.mark.slow) for name in ROWS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in ROWS])
 def test_the_uncompiled_peers_of_a_row_agree(name, adapters):
     row = TINY_ROWS[name]
     records = [ran(row, system, adapters[name]) for system in uncompiled(row)]

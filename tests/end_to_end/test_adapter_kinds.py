@@ -131,7 +131,7 @@ def test_dropout_of_convolutions(variant: str) -> None:
     compare(theirs, opt, pictures(), seed=5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if at % 2 else name for at, name in enumerate(CASES)])
 def test_files_both_ways(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     opt = fxopt.optimize(case.make(), f"lora({case.lora})", inputs=case.batch())

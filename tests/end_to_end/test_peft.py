@@ -158,7 +158,7 @@ def test_disabled_is_the_base_bit_for_bit(quantized: bool) -> None:
     assert not same(opt(**tokens()).loss, plain(**tokens()).loss)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if at % 2 else name for at, name in enumerate(CASES)])
 def test_merge(name: str) -> None:
     case = CASES[name]
     theirs, opt = pair(case.make, case.lora, case.config, tokens())
@@ -171,7 +171,7 @@ def test_merge(name: str) -> None:
 FILES = CASES | {f"dropout {name}": case for name, case in DROPPED.items()}
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if at % 2 else name for at, name in enumerate(FILES)])
 def test_ours_loads_in_peft(name: str, tmp_path: Path) -> None:
     case = FILES[name]
     opt = fxopt.optimize(case.make(), f"canonicalize | lora({case.lora})", inputs=tokens())
@@ -188,7 +188,7 @@ def test_ours_loads_in_peft(name: str, tmp_path: Path) -> None:
     assert (config.use_rslora, config.use_dora, config.lora_dropout) == (given.use_rslora, given.use_dora, given.lora_dropout)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [name if at % 2 else pytest.param(name, marks=pytest.mark.slow) for at, name in enumerate(FILES)])
 def test_theirs_loads_in_ours(name: str, tmp_path: Path) -> None:
     case = FILES[name]
     theirs = in_peft(case.make().eval(), case.config)
