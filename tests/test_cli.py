@@ -143,5 +143,6 @@ def test_plan_predicts_and_measures(here: Path, capsys: pytest.CaptureFixture[st
     assert "peak" in said and "weights" in said and "measured" in said
     assert main(["plan", "tiny_models:by_name", "--fit", "batch", "--memory", "1MiB"]) == 0
     assert int(capsys.readouterr().out.splitlines()[0].rsplit(" ", 1)[1]) > 64
-    for wrong in (["--fit", "batch"], ["--memory", "1MiB"], ["--fit", "batch", "--memory", "much"]):
+    for wrong in (["--fit", "batch"], ["--memory", "1MiB"], ["--fit", "batch", "--memory", "much"], ["--fit", "batch", "--memory", "1MiB", "--batch", "2"],
+                  ["--fit", "batch", "--memory", "1MiB", "--optimizer", "lion"]):
         assert main(["plan", "tiny_models:by_name", *wrong]) != 0

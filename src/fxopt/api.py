@@ -205,12 +205,12 @@ class Optimized(nn.Module):
         return planned(self.dispatcher.last.binding, call.tensors, optimizer)
 
     def largest_call(self, memory: int, vary: str = "batch", *, batch: int | None = None, length: int | None = None,
-                     inputs: tuple[Any, ...] | Mapping[str, Any] | None = None) -> tuple[int, Plan, Call]:
+                     inputs: tuple[Any, ...] | Mapping[str, Any] | None = None, optimizer: str | None = None) -> tuple[int, Plan, Call]:
         """The most samples (or tokens) that a training step can take within so much memory, by plans alone; nothing is run.
 
         Args:
             memory: bytes. vary: "batch" or "length"; the other stays as `batch` or `length` says, or as in the call.
-            inputs: a call; None: the last one.
+            inputs: a call; None: the last one. optimizer: as for `plan`.
 
         Returns:
             the size, its plan, and a call of that size with the example's values repeated.
@@ -225,7 +225,7 @@ class Optimized(nn.Module):
         def of(number: int) -> Call:
             return self.sized_call(call, **{"batch": batch, "length": length, vary: number})
 
-        found, plan = largest(planner(self.dispatcher.last.binding, lambda number: of(number).tensors), memory)
+        found, plan = largest(planner(self.dispatcher.last.binding, lambda number: of(number).tensors, optimizer), memory)
         return found, plan, of(found)
 
     # -- adapters ------------------------------------------------------------------------------------------------------

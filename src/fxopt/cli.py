@@ -136,13 +136,15 @@ def _plan(arguments: argparse.Namespace) -> str:
 
     if bool(arguments.fit) != bool(arguments.memory):
         raise UsageError("--fit and --memory belong together", do="write for example --fit batch --memory 6GiB")
+    if arguments.fit and getattr(arguments, arguments.fit) is not None:
+        raise UsageError(f"--fit {arguments.fit} looks for what --{arguments.fit} gives", do="leave out one of the two")
     limit = bytes_of(arguments.memory) if arguments.memory else None
     model, args, kwargs = _model(arguments.model, arguments.inputs)
     opt = optimize(model.train(), arguments.passes, inputs=kwargs if kwargs and not args else args, check=False)
     lines = []
     if limit is not None:
         vary = "length" if arguments.fit == "seq" else "batch"
-        number, plan, call = opt.largest_call(limit, vary, batch=arguments.batch, length=arguments.seq)
+        number, plan, call = opt.largest_call(limit, vary, batch=arguments.batch, length=arguments.seq, optimizer=arguments.optimizer)
         lines.append(f"the largest {arguments.fit} within {arguments.memory}: {number}")
     else:
         call = opt.sized_call(batch=arguments.batch, length=arguments.seq)
