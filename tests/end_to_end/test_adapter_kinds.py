@@ -21,7 +21,7 @@ from fxopt.kernels.tolerance import LOGITS, same
 from fxopt.runtime import peft_keys
 from tests.models import VOCABULARY, llama, tokens
 from tests.parity import compare, in_peft, pair, quiet, shake, trained
-from tests.zoo import FAMILIES
+from tests.captured import FAMILIES
 
 
 def one_block() -> nn.Module:

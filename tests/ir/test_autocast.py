@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from zoo import data
+from captured import data
 
 from fxopt.api import optimize
 from fxopt.errors import CaptureError

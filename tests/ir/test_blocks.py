@@ -18,7 +18,7 @@ from fxopt.ir.blocks import Blocks
 from fxopt.ir.capture import Call, capture
 from fxopt.ir.program import Program
 from fxopt.ir.twins import Twins
-from tests.zoo import FAMILIES, VOCABULARY
+from tests.captured import FAMILIES, VOCABULARY
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from zoo import Captured, data, function, module, weight
+from captured import Captured, data, function, module, weight
 
 from fxopt.passes.canonicalize import Canonicalize
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from zoo import Captured, data, function, weight
+from captured import Captured, data, function, weight
 
 from fxopt.errors import PassError
 from fxopt.ir.pattern import Match, Matcher, Near

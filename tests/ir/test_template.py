@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from zoo import data, function
+from captured import data, function
 
 from fxopt.errors import PassError
 from fxopt.ir.edit import Edit

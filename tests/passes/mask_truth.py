@@ -6,7 +6,7 @@ import itertools
 
 import torch
 import torch.fx as fx
-from zoo import Captured
+from captured import Captured
 
 from fxopt.ir.formula import AtLeastZero, Data, Not, said, simplify
 from fxopt.ir.masks import Reader, Unknown

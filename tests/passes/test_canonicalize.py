@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from zoo import FAMILIES, data, family, function, weight
+from captured import FAMILIES, data, family, function, weight
 
 from fxopt.errors import CheckError
 from fxopt.ir import normal

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mask_truth import check_formula
-from zoo import Captured, data, family, function, weight
+from captured import Captured, data, family, function, weight
 
 from fxopt.errors import CheckError
 from fxopt.ir.formula import EVERYWHERE, Affine, All, AtLeastZero, Data, Not, inputs_of, simplify

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from zoo import data, family, function, weight
+from captured import data, family, function, weight
 
 from fxopt.passes.dead_code import DeadCode
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from zoo import Captured, count, data, family, function, weight
+from captured import Captured, count, data, family, function, weight
 
 from fxopt.errors import CheckError
 from fxopt.passes import verify

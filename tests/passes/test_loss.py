@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from zoo import Captured, data, family, function, weight
+from captured import Captured, data, family, function, weight
 
 from fxopt.errors import CheckError, PassError
 from fxopt.ir.edit import Edit

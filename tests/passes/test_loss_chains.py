@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from zoo import Captured, data, function, weight
+from captured import Captured, data, function, weight
 
 from fxopt.errors import CheckError
 from fxopt.ir.edit import Edit

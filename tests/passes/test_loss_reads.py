@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from zoo import Captured, data, function, weight
+from captured import Captured, data, function, weight
 
 import fxopt
 from fxopt.errors import CaptureError, CheckError

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mask_truth import check_formula
-from zoo import FAMILIES, Captured, data, function, weight
+from captured import FAMILIES, Captured, data, function, weight
 
 import fxopt
 from fxopt.errors import CheckError

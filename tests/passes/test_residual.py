@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from zoo import FAMILIES, Captured, data, family, function, module, weight
+from captured import FAMILIES, Captured, data, family, function, module, weight
 
 import fxopt
 from fxopt.ir import regions
