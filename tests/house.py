@@ -22,7 +22,8 @@ LINES = 400
 _CORE = {"errors", "ir", "kernels"}
 LAW: dict[str, set[str]] = {
     "errors": set(), "ir": {"errors"}, "kernels": {"errors"}, "passes": _CORE, "runtime": _CORE,
-    "dispatch": _CORE | {"passes", "runtime"}, "api": _CORE | {"passes", "runtime", "dispatch"},
+    "dispatch": _CORE | {"passes", "runtime"}, "adapting": _CORE | {"passes", "runtime", "dispatch"},
+    "api": _CORE | {"passes", "runtime", "dispatch", "adapting"},
     "cli": _CORE | {"passes", "runtime", "dispatch", "api"}, "studio": {"errors", "ir", "runtime"}, "__main__": {"cli"},
     "__init__": _CORE | {"passes", "runtime", "dispatch", "api"},
 }
@@ -205,7 +206,7 @@ def one_editor(path: str, text: str) -> list[str]:
 
 def imports_at_the_top(path: str, text: str) -> list[str]:
     """Nothing is imported inside a function, except by the command line, by what loads Triton, and by the lazy public names."""
-    if path == "src/fxopt/cli.py" or re.fullmatch(r"src/fxopt/kernels/\w+/triton\.py", path):
+    if path.startswith("src/fxopt/cli/") or re.fullmatch(r"src/fxopt/kernels/\w+/triton\.py", path):
         return []
     found = []
     for function in ast.walk(ast.parse(text)):

@@ -96,7 +96,7 @@ GOOD: list[tuple[Rule, str, str]] = [
     (house.no_tolerances, "tests/x.py", "torch.allclose(a, b, rtol=0, atol=tolerance.X)\nabs(x)"),
     (house.no_patching, "src/fxopt/passes/x.py", "import torch\nx = torch.ones(3)\nx[0] = 1\nself.y = torch"),
     (house.one_editor, "src/fxopt/passes/x.py", "edit.replace(a, b)\nsuper().call_function(f, a, k)\nself.args = ()"),
-    (house.imports_at_the_top, "src/fxopt/cli.py", "def f():\n    import torch"),
+    (house.imports_at_the_top, "src/fxopt/cli/dump.py", "def f():\n    import torch"),
     (house.imports_at_the_top, "src/fxopt/kernels/rope/triton.py", "def f():\n    import triton"),
     (house.hypothesis_in_tests, "src/fxopt/kernels/rope/cases.py", "from hypothesis import strategies"),
     (house.portable_kernels, "src/fxopt/kernels/rope/triton.py", "import triton\nlaunch(kernel, (1,), x)\nfor i in range(3):\n    a = tl.dot(x, y, a)\n    b += tl.dot(x, y)"),
