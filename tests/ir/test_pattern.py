@@ -119,7 +119,7 @@ def test_refuses_an_inner_value_that_others_read() -> None:
         scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
         return w * (x * scale) + scale.sum()
 
-    assert "the inner value `rsqrt` is also read by `sum_1`" in reasons(NORM, function(shared, X, w=W))
+    assert "is also read by `sum_1` (captured.py:" in reasons(NORM, function(shared, X, w=W))
 
 
 def test_refuses_an_inner_value_that_is_returned() -> None:
@@ -156,7 +156,7 @@ def test_sizes_are_compared_in_the_proof() -> None:
         return function(lambda x, w, y: torch.relu(w).expand(n, 3, 5) * y + x.sum(), X, w=weight(3, 5), y=weight(1, 3, 5))
 
     match(repeat, times(7))
-    assert "other arguments" in reasons(repeat, times(6))
+    assert "(aten.expand.default) has other sizes than the pattern" in reasons(repeat, times(6))
 
 
 SPLIT = Matcher(lambda x: torch.relu(x).reshape(*x.shape[:-1], -1, 2).unsqueeze(1) * 3, {"x": (3, 22)})
@@ -176,7 +176,7 @@ def test_another_way_to_the_same_shape(name: str) -> None:
 
 def test_another_shape_is_refused() -> None:
     for other in (lambda x: x.view(3, 2, 4).unsqueeze(1), lambda x: x.view(3, 4, 2).unsqueeze(0)):
-        assert "another type" in reasons(SPLIT, function(lambda x, w: other(torch.relu(w)) * 3 + x.sum(), X, w=weight(3, 8)))
+        assert "another shape" in reasons(SPLIT, function(lambda x, w: other(torch.relu(w)) * 3 + x.sum(), X, w=weight(3, 8)))
 
 
 def test_inputs_that_the_pattern_does_not_take() -> None:

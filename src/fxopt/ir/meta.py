@@ -69,6 +69,12 @@ def provenance(node: fx.Node) -> Provenance:
     return found if isinstance(found, Provenance) else Provenance()
 
 
+def placed(node: fx.Node) -> str:
+    """A node in a sentence: its name and the user's source line that it comes from, "`mul_3` (model.py:12)"."""
+    source = provenance(node).source
+    return f"`{node.name}` ({source})" if source else f"`{node.name}`"
+
+
 def moved(node: fx.Node, old: str, new: str, around: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     """The provenance of a copy in the module `new` of a node in the module `old`; `around` is the stack of a node of `new`."""
 

@@ -130,7 +130,7 @@ class Matcher:
                 if not reads or strip(reads[0]) is base:
                     yield {**env, name: (*reads, value)}
                 else:
-                    self._fail(env, value, f"the pattern reads {name} twice where this reads `{strip(reads[0]).name}` and `{base.name}`")
+                    self._fail(env, value, f"the pattern reads {name} twice where this reads {meta.placed(strip(reads[0]))} and {meta.placed(base)}")
         elif isinstance(value, fx.Node):
             node = value if pattern.target is CAST else strip(value)
             if not _alike(node, pattern.target):
@@ -193,7 +193,8 @@ class Matcher:
                 self.proofs[key] = trace(self.fn, examples, scalars)
         proof = self.proofs[key]
         if proof is None:
-            self._refuse(node, "the pattern cannot be computed on inputs of these types", everything, trail)
+            types = ", ".join(f"{name} {meta.describe(meta.value(source))}" for name, source in inputs.items())
+            self._refuse(node, f"the pattern cannot be computed on inputs of these types: {types}", everything, trail)
             return None
         heads = [user for user in node.users if called(user, CAST)] if called(proof.output, CAST) and not called(node, CAST) else [node]
         bound = {proof.inputs[name]: source for name, source in inputs.items()}
@@ -204,7 +205,7 @@ class Matcher:
                 continue
             outside = next(((inner, user) for inner in same.nodes if inner is not head for user in inner.users if user not in same.nodes), None)
             if outside is not None:
-                self._refuse(outside[0], f"the inner value `{outside[0].name}` is also read by `{outside[1].name}`", everything + 1, trail)
+                self._refuse(outside[0], f"the inner value {meta.placed(outside[0])} is also read by {meta.placed(outside[1])}", everything + 1, trail)
                 continue
             return Match(head, inputs, scalars, frozenset(same.nodes))
         return None
@@ -311,11 +312,24 @@ class _Same:
         wanted, given = (_comparable(each) if each.target in RESHAPES else full_arguments(each) for each in (pattern, node))
         same = wanted.keys() == given.keys() and any(all(self(p, v) for p, v in order) for order in _orders(pattern, wanted, given))
         if not same:
-            return self._no(node, f"`{node.name}` has other arguments than the pattern in these types")
+            return self._no(node, self._other_argument(node, wanted, given))
         a, b = meta.tensor(pattern), meta.tensor(node)
-        if a is not None and (b is None or a.dtype != b.dtype or [int(size) for size in a.shape] != [self.sizes.number(size) for size in b.shape]):
-            return self._no(node, f"`{node.name}` is {meta.describe(meta.value(node))}, another type than the pattern's")
+        if a is not None and (b is None or a.dtype != b.dtype):
+            return self._no(node, f"`{node.name}` is {meta.describe(meta.value(node))} where the pattern, on these inputs, gives {str(a.dtype).removeprefix('torch.')}")
+        if a is not None and [int(size) for size in a.shape] != [self.sizes.number(size) for size in b.shape]:
+            return self._no(node, f"`{node.name}` is {meta.describe(meta.value(node))}, another shape than the pattern gives on these inputs")
         return True
+
+    def _other_argument(self, node: fx.Node, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+        """Which argument of a node is not the pattern's."""
+        if wanted.keys() != given.keys():
+            return f"`{node.name}` differs in the argument {sorted(wanted.keys() ^ given.keys())[0]}"
+        name = next((name for name in wanted if not self(wanted[name], given[name])), next(iter(wanted)))
+        if name in _SIZES:  # the pattern's are stand-ins, which would say nothing
+            return f"`{node.name}` ({node.target}) has other sizes than the pattern, on these inputs"
+        played = next((value for key, value in self.bound.items() if key is wanted[name]), None)
+        there = meta.placed(played) if played is not None else _said(wanted[name]) if isinstance(wanted[name], fx.Node) else _shown(wanted[name])
+        return f"`{node.name}` ({node.target}) takes {_shown(given[name])} as {name} where the pattern, in these types, has {there}"
 
     def _no(self, node: fx.Node, reason: str) -> bool:
         if self.node is None:

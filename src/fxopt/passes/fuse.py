@@ -122,7 +122,7 @@ class Rule:
         for node in match.nodes:
             for source in (node, *node.all_input_nodes):
                 if flow.roots.get(source, frozenset()) & flow.written:
-                    return f"`{source.name}` is written in place"
+                    return f"{meta.placed(source)} is written in place"
         marks = {meta.provenance(node).checkpoint for node in match.nodes}
         return None if len(marks) == 1 else "it is partly inside a checkpointed region"
 
@@ -145,7 +145,7 @@ class Rule:
         if new.dtype != old.dtype or not meta.same_shape(new, old):
             reason = f"the op returns {meta.describe(new)}, not {meta.describe(old)}"
         elif not same_strides(new, old) and (view := viewed(match.anchor)) is not None:
-            reason = f"the op returns other strides, and `{view.name}` may depend on them"
+            reason = f"the op returns other strides, and {meta.placed(view)} may depend on them"
         if reason is not None:
             for node in reversed(made):
                 edit.erase(node)

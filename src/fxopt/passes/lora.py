@@ -185,7 +185,7 @@ class Lora(Pass):
             other = next((site.node for site in mine if site.kind != "linear"), shared.get(name, [None])[0])
             aliases = edit.slots[name].aliases
             if other is not None:
-                edit.missed("lora", first, f"{name} is also read by {other.name}")
+                edit.missed("lora", first, f"{name} is also read by {meta.placed(other)}")
             elif aliases:
                 edit.missed("lora", first, f"{name} is tied to {aliases[0]}")
             elif (turned := adapters.both_ways(mine)) is not None:

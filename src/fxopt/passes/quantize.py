@@ -133,7 +133,7 @@ class Quantize(Pass):
         if name in heads:
             return "is the output head (quantize(head=true) takes it too)"
         if (other := reads.other(edit, name)) is not None:
-            return f"is also read by {other.name}, which is not a linear"
+            return f"is also read by {meta.placed(other)}, which is not a linear"
         if slot.dtype not in _DTYPES:
             return f"is {slot.dtype}"
         for dtype in reads.dtypes[name]:

@@ -47,7 +47,7 @@ def widen(edit: Edit) -> None:
             continue
         outside = [user for node in (single, turned) for user in node.users if user not in (turned, cat)]
         if outside:
-            edit.missed("rope.partial", cat, f"the turned columns are also read by `{outside[0].name}`")
+            edit.missed("rope.partial", cat, f"the turned columns are also read by {meta.placed(outside[0])}")
             continue
         made = []
         if part is not single.args[0]:  # widened to the tables' dtype, as joining with the rest widens the rest
@@ -56,7 +56,7 @@ def widen(edit: Edit) -> None:
         made.append(edit.call(operator.getitem, (made[-1], 0), like=cat))
         new = made[-1]
         if not same_strides(meta.tensor(new), meta.tensor(cat)) and (view := viewed(cat)) is not None:
-            edit.missed("rope.partial", cat, f"the op returns other strides, and `{view.name}` may depend on them")
+            edit.missed("rope.partial", cat, f"the op returns other strides, and {meta.placed(view)} may depend on them")
             for node in reversed(made):
                 edit.erase(node)
             continue

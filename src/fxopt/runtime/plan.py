@@ -99,7 +99,7 @@ class Planner:
                 return int(value)
             expr = value.node.expr
             if expr not in known:
-                known[expr] = _number(expr, env, shapes)
+                known[expr] = concrete(expr, env, shapes)
             return known[expr]
 
         ways = self._ways(requires_grad, autocast)
@@ -183,7 +183,7 @@ def weights_bytes(model: nn.Module) -> int:
     return sum(found.values())
 
 
-def _number(expr: sympy.Expr, env: dict[sympy.Symbol, int], shapes: tuple[tuple[int, ...], ...]) -> int:
+def concrete(expr: sympy.Expr, env: dict[sympy.Symbol, int], shapes: tuple[tuple[int, ...], ...]) -> int:
     """A size in a call. One that depends on data counts as the largest it can be: the elements of the largest input of rank 2 at most."""
     value = sympy.sympify(expr).xreplace({symbol: sympy.Integer(number) for symbol, number in env.items()})
     free = value.free_symbols
