@@ -2,69 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.fx as fx
 import torch.nn as nn
 from torch.utils import _pytree as pytree
 
+from fxopt.dispatch.checking import EDGE, Checking
+from fxopt.dispatch.lowered import Entry, Lowered, adapter_of, edges, last_assuming, unbound, without_assumptions, writes_input
 from fxopt.errors import CallError, CaptureError
-from fxopt.ir import meta, regions
+from fxopt.ir import regions
 from fxopt.ir.capture import Call, capture, guards
-from fxopt.ir.edit import mutates
-from fxopt.ir.program import Assumption, Program, Sample, ShapeGuards
+from fxopt.ir.program import Sample
 from fxopt.passes import pipeline as pipelines
 from fxopt.passes.pipeline import Pipeline
 from fxopt.runtime import adapted, saving, selfcheck
 from fxopt.runtime.install import install
 from fxopt.runtime.binding import Binding, live_state
-from fxopt.runtime.recompute import recomputed
 from fxopt.runtime.region import RegionRunner
-from fxopt.runtime.smaller import on, smaller
+from fxopt.runtime.smaller import on
 from fxopt.runtime.watched import Watched
 
 log = logging.getLogger("fxopt")
 KINDS = 16  # kinds of call per model
 SHAPES = 6  # captures per kind of call, when sizes turn out to be fixed
-SEED = 20240229
-_EDGE = "sizes of 0 or 1 are not covered"
 _PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, complex)
 
 
-@dataclass(eq=False)
-class Lowered:
-    """A program after the passes, cut and bound. `binding` is made on first use and not copied."""
-
-    program: Program
-    schedule: regions.Schedule
-    writes: bool = False  # into the inputs of the call
-    binding: Binding | None = None
-    checks: list[str] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Entry:
-    """One capture: the raw program, the sizes it covers, and what the passes made of it.
-
-    `assuming` holds for calls that meet the program's assumptions (an attention mask of ones), `plain` for all.
-    """
-
-    raw: Program
-    guards: ShapeGuards
-    assumptions: tuple[Assumption, ...] | None = None
-    begun: tuple[Pipeline, Program] | None = None  # the program behind the last pass that assumes something
-    assuming: Lowered | None = None
-    plain: Lowered | None = None
-    edges: set[Any] = field(default_factory=set)
-
-
-class Dispatcher:
+class Dispatcher(Checking):
     """Captures a model call by kind, runs the passes, and picks the program for each call.
 
     Args:
@@ -76,7 +44,7 @@ class Dispatcher:
 
     def __init__(self, model: nn.Module, passes: Pipeline, *, check: bool = True, verify: str | None = None) -> None:
         self.model, self.check, self.verify = model, check, verify
-        self.active = _adapter(passes)
+        self.active = adapter_of(passes)
         self.pipelines: dict[str | None, Pipeline] = {self.active: passes}
         self.enabled = True
         self.entries: dict[Any, list[Entry]] = {}
@@ -93,7 +61,7 @@ class Dispatcher:
             raise CallError("a dispatcher cannot be copied without its model", do="copy the Optimized")
         new = memo[id(self)] = Dispatcher(model, self.passes, check=self.check, verify=self.verify)
         new.pipelines, new.enabled = dict(self.pipelines), self.enabled
-        new.entries = {key: [dataclasses.replace(e, assuming=_unbound(e.assuming), plain=_unbound(e.plain)) for e in found]
+        new.entries = {key: [dataclasses.replace(e, assuming=unbound(e.assuming), plain=unbound(e.plain)) for e in found]
                        for key, found in self.entries.items()}
         new.runners, new.notes = dict(self.runners), list(self.notes)
         return new
@@ -179,14 +147,14 @@ class Dispatcher:
         """The entry's program for a call: with the assumptions if the call meets them, else without. Made when first needed.
         With `check`, the capture is compared with the model on that call before weights are adapted."""
         if entry.assumptions is None:
-            last = _assuming(self.passes)
+            last = last_assuming(self.passes)
             entry.begun = self.passes, pipelines.run(Pipeline(tuple(self.passes)[:last]), entry.raw) if last else entry.raw
             entry.assumptions = entry.begun[1].assumptions
         index = {node.name: i for i, node in enumerate(entry.raw.placeholders)}
         assuming = bool(entry.assumptions) and all(a.holds(call.tensors[index[a.leaf]]) for a in entry.assumptions)
         found = entry.assuming if assuming else entry.plain
         if found is None:
-            found = self._lower(entry, self.passes if assuming or not entry.assumptions else _without_assumptions(self.passes), call, check)
+            found = self._lower(entry, self.passes if assuming or not entry.assumptions else without_assumptions(self.passes), call, check)
             if assuming:
                 entry.assuming = found
             else:
@@ -214,7 +182,7 @@ class Dispatcher:
             self._refuse_unfrozen()
         shapes = tuple(tuple(t.shape) for t in call.tensors)
         try:
-            entry = self._attempt(call, exact=any(r.startswith(_EDGE) for r in reasons))
+            entry = self._attempt(call, exact=any(r.startswith(EDGE) for r in reasons))
         except (CaptureError, RuntimeError):
             if not any(size < 2 for shape in shapes for size in shape):
                 raise
@@ -257,7 +225,7 @@ class Dispatcher:
             kinds = selfcheck.kinds(self.model) if changed and edge else None  # all gradients were compared with the capture's
             usable.checks.append(f"program against {against}: {self._compare_lowered(usable, small, fresh and not edge, kinds)}{on(small, call)}")
             if edge:
-                entry.edges.add(_edges(tuple(tuple(t.shape) for t in call.tensors)))
+                entry.edges.add(edges(tuple(tuple(t.shape) for t in call.tensors)))
 
     def _lower(self, entry: Entry, passes: Pipeline, call: Call, check: Call | None) -> Lowered:
         raw, begun = entry.raw, entry.begun
@@ -266,7 +234,7 @@ class Dispatcher:
                             do="optimize a fresh model to verify another kind of call")
         sample = Sample(call.tensors, live_state(self.model, list(raw.slots.keys() - raw.constants.keys()))) if self.installed is None else None
         if begun is not None and begun[0] is passes and self.verify is None and self.installed is None:
-            program = pipelines.run(Pipeline(tuple(passes)[_assuming(passes):]), begun[1], sample=sample)
+            program = pipelines.run(Pipeline(tuple(passes)[last_assuming(passes):]), begun[1], sample=sample)
         else:
             program = pipelines.run(passes, raw, verify=self.verify, sample=sample)
         del sample  # it holds the dense weights, which installing frees
@@ -282,77 +250,6 @@ class Dispatcher:
             self.note(f"not a region of its own: {reason}")
         return Lowered(program, schedule, writes=any(writes_input(node) for node in program.nodes), checks=checks)
 
-    def _changes_function(self) -> bool:
-        """Whether a pass of the pipeline promises another function, other gradients or other outputs than the model's."""
-        return any(p.promise.values == "bounded" or "declared" in (p.promise.gradients, p.promise.outputs) for p in self.passes)
-
-    # -- checking --------------------------------------------------------------------------------------------------
-
-    def _small(self, entry: Entry, call: Call, sequences: bool) -> Call:
-        """A part of the call on which the model computes finite numbers and a loss, if the program covers it: checks cost less."""
-        for part in smaller(entry.raw, entry.guards, call, sequences):
-            flat = [o for o in self._peek(part) if isinstance(o, torch.Tensor) and o.is_floating_point()]
-            if all(bool(o.isfinite().all()) for o in flat) and all(float(o) != 0.0 for o in flat if o.dim() == 0):
-                return part
-        return call
-
-    def _peek(self, call: Call) -> list[Any]:
-        """The model's flat outputs, with state and random state put back."""
-        return selfcheck.outputs(self.model, lambda given: self._original(call, given), call.tensors, SEED)
-
-    def _original(self, call: Call, tensors: Sequence[torch.Tensor]) -> Any:
-        args, kwargs = call.rebuild(tensors)
-        with recomputed():
-            return type(self.model).forward(self.model, *args, **kwargs)
-
-    def _compare_original(self, raw: Program, call: Call, wanted: frozenset[str]) -> selfcheck.Outcome:
-        state = live_state(self.model, list(raw.slots.keys() - raw.constants.keys()))
-        return self._compare(lambda given: self._original(call, given), lambda given: raw.run(given, state), call,
-                             f"the captured graph of {type(self.model).__name__}", wanted)
-
-    def _compare_lowered(self, lowered: Lowered, call: Call, fresh: bool, wanted: frozenset[str] | None = None) -> selfcheck.Outcome:
-        """The bound program against the original code, whose weights are the adapted ones.
-
-        `fresh`: right after the first capture, which was compared with the original before adapters came, the program's own
-        graph is the reference: it needs no dense copy of the weights.
-        """
-        program, binding = lowered.program, lowered.binding
-        assert binding is not None
-        names = [n for n in program.slots if n not in program.constants and _read(program, n)]
-
-        drops = program.training and any(getattr(p, "dropout", 0.0) for p in self.passes)  # on activations: no weight shows it
-        drops = drops or any(p.promise.outputs == "declared" for p in self.passes)
-
-        def original(given: Sequence[torch.Tensor]) -> Any:
-            if drops or fresh and self._changes_function():
-                return program.run(given, live_state(self.model, names))
-            with adapted.only(self.model, wanted) if wanted is not None else contextlib.nullcontext():
-                return self._original(call, given)
-
-        return self._compare(original, lambda given: binding([t.contiguous() for t in given]), call, f"the optimized {type(self.model).__name__}", wanted,
-                             meta.float_dtypes(program.nodes) - meta.float_dtypes(list(program.history())[-1].nodes))
-
-    def _compare(self, original: selfcheck.Run, graph: selfcheck.Run, call: Call, what: str, wanted: frozenset[str] | None = None,
-                 computed: Iterable[torch.dtype] = ()) -> selfcheck.Outcome:
-        expected, found = (selfcheck.step(self.model, run, call.tensors, SEED, wanted) for run in (original, graph))
-        return selfcheck.compare(self.model, expected, found, what, lambda: selfcheck.rounded(self.model, original, call.tensors, SEED, wanted), computed)
-
-    def _edge(self, entry: Entry, call: Call, shapes: Any) -> str:
-        """A size of 0 or 1 where the capture assumed at least 2: proven by one comparison per pattern of such sizes."""
-        pattern = _edges(shapes)
-        if pattern in entry.edges:
-            return "ok"
-        try:
-            lowered = self._variant(entry, call)
-            outcome = self._compare_lowered(lowered, call, fresh=False)
-        except (CaptureError, RuntimeError) as error:
-            first = str(error).splitlines()[0]
-            self.note(f"a call with sizes {pattern} is captured on its own: {first}")
-            return f"{_EDGE} ({first})"
-        entry.edges.add(pattern)
-        lowered.checks.append(f"sizes of 0 or 1 {pattern}: {outcome}")
-        return "ok"
-
     def _refuse_unfrozen(self) -> None:
         frozen: Iterable[str] = self.last.program.frozen if self.last is not None else ()
         for name, parameter in self.model.named_parameters():
@@ -364,36 +261,3 @@ class Dispatcher:
         if text not in self.notes:
             self.notes.append(text)
             log.warning("fxopt: %s", text)
-
-
-def _edges(shapes: Any) -> Any:
-    """Which sizes are 0 or 1."""
-    return tuple(tuple(size if size < 2 else -1 for size in shape) for shape in shapes)
-
-
-def _assuming(passes: Pipeline) -> int:
-    """How many passes there are up to the last one that may assume something of the inputs."""
-    return max((i + 1 for i, p in enumerate(passes) if getattr(p, "assume", False)), default=0)
-
-
-def writes_input(node: fx.Node) -> bool:
-    """Whether a node writes into memory of one of the call's tensors."""
-    return node.op == "call_function" and mutates(node) and any(regions.memory(i).op == "placeholder" for i in node.all_input_nodes[:1])
-
-
-def _read(program: Program, name: str) -> bool:
-    return any(node.op == "get_attr" and node.target == name for node in program.graph.nodes)
-
-
-def _unbound(lowered: Lowered | None) -> Lowered | None:
-    return None if lowered is None else Lowered(lowered.program, lowered.schedule, lowered.writes, None, list(lowered.checks))
-
-
-def _adapter(passes: Pipeline) -> str | None:
-    """The name of the adapter that a pipeline adds."""
-    return next((str(p.adapter) for p in passes if hasattr(p, "adapter")), None)
-
-
-def _without_assumptions(passes: Pipeline) -> Pipeline:
-    """The same passes, asked not to assume anything of the inputs."""
-    return Pipeline(tuple(dataclasses.replace(p, assume=False) if any(f.name == "assume" for f in dataclasses.fields(p)) else p for p in passes))
