@@ -21,11 +21,12 @@ LINES = 400
 # Which parts of fxopt a part may import.
 _CORE = {"errors", "ir", "kernels"}
 LAW: dict[str, set[str]] = {
-    "errors": set(), "ir": {"errors"}, "kernels": {"errors"}, "passes": _CORE, "runtime": _CORE,
+    "errors": set(), "ir": {"errors"}, "kernels": {"errors"}, "passes": _CORE, "runtime": _CORE, "train": _CORE | {"runtime"},
     "dispatch": _CORE | {"passes", "runtime"}, "adapting": _CORE | {"passes", "runtime", "dispatch"},
-    "api": _CORE | {"passes", "runtime", "dispatch", "adapting"},
-    "cli": _CORE | {"passes", "runtime", "dispatch", "api"}, "studio": {"errors", "ir", "runtime"}, "__main__": {"cli"},
-    "__init__": _CORE | {"passes", "runtime", "dispatch", "api"},
+    "explain": _CORE | {"passes", "runtime"}, "view": _CORE | {"passes", "runtime", "explain"},
+    "api": _CORE | {"passes", "runtime", "dispatch", "adapting", "explain"},
+    "cli": _CORE | {"passes", "runtime", "train", "dispatch", "api", "explain", "view"}, "studio": {"errors", "ir", "runtime"}, "__main__": {"cli"},
+    "__init__": _CORE | {"passes", "runtime", "train", "dispatch", "api"},
 }
 
 # Words that name a model type of transformers and also mean something else.

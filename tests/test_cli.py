@@ -146,3 +146,38 @@ def test_plan_predicts_and_measures(here: Path, capsys: pytest.CaptureFixture[st
     for wrong in (["--fit", "batch"], ["--memory", "1MiB"], ["--fit", "batch", "--memory", "much"], ["--fit", "batch", "--memory", "1MiB", "--batch", "2"],
                   ["--fit", "batch", "--memory", "1MiB", "--optimizer", "lion"]):
         assert main(["plan", "tiny_models:by_name", *wrong]) != 0
+
+
+def test_explain(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "tiny_models:tiny", "--passes", "canonicalize | fuse"]) == 0
+    said = capsys.readouterr().out
+    assert "2. fuse: " in said and "peak" in said and "->" in said
+    assert main(["explain", "tiny_models:tiny", "--passes", "canonicalize", "--predict", "none", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["start"] is None
+
+
+def test_diff(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    passes = ["--passes", "canonicalize | dead_code"]
+    assert main(["diff", "tiny_models:tiny@capture", "tiny_models:tiny@canonicalize", *passes]) == 0
+    stages = capsys.readouterr().out
+    assert stages.startswith("--- as captured\n+++ canonicalize\n") and "\n-    to = aten.to.dtype" in stages
+    assert main(["diff", "tiny_models:tiny", "tiny_models:tiny", *passes, "--passes-b", "canonicalize"]) == 0
+    assert "+# passes: canonicalize\n" in capsys.readouterr().out
+    assert main(["diff", "tiny_models:tiny", "tiny_models:tiny", *passes]) == 0
+    assert capsys.readouterr().out == ""
+    for name, json_ in (("dump.txt", []), ("dump.json", ["--json"])):
+        assert main(["dump", "tiny_models:tiny", *passes, *json_]) == 0
+        (here / name).write_text(capsys.readouterr().out)
+    assert main(["diff", "dump.txt", "dump.json"]) == 0 and capsys.readouterr().out == ""
+    assert main(["diff", "dump.txt", "tiny_models:by_name", *passes]) == 0
+    assert "-    tensors_0," in capsys.readouterr().out
+    (here / "other.json").write_text("{}")
+    assert main(["diff", "other.json", "dump.txt"]) == 3 and "no saved dump" in capsys.readouterr().err
+    assert main(["diff", "tiny_models:tiny@fuse", "dump.txt", *passes]) == 2
+
+
+def test_a_whole_step(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dump", "tiny_models:tiny", "--passes", "canonicalize", "--step"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("# step: x [3, 4]") or said.startswith("# step: args[0] [3, 4]")
+    assert "def forward(" in said and "def backward(" in said and "# saved: " in said and "the gradients of: layers.0.weight" in said

@@ -13,6 +13,7 @@ import torch.nn as nn
 from fxopt.adapting import Adapting, call_of
 from fxopt.dispatch import Dispatcher
 from fxopt.errors import FxoptError
+from fxopt.explain import Explanation, explain
 from fxopt.ir import text
 from fxopt.ir.capture import Call
 from fxopt.ir.program import Program
@@ -169,6 +170,19 @@ class Optimized(Adapting, nn.Module):
         lines += [f"check: {line}" for line in lowered.checks]
         lines += [f"note: {line}" for line in self.dispatcher.notes]
         return "\n".join(lines)
+
+    def explain(self, *, predict: str = "ends") -> Explanation:
+        """What each pass did to the latest program, what it did not and why, what that is worth, and how to change it; `print` it, or
+        take its `json()`.
+
+        Args:
+            predict: memory and time of a step before and after the pipeline ("ends"), after "each" pass too (seconds for each), or "none".
+
+        Raises:
+            FxoptError: nothing was captured yet.
+        """
+        program, lowered = self.program, self.dispatcher.last
+        return explain(program, self.model, self.dispatcher.example, predict=predict, checks=lowered.checks, notes=self.dispatcher.notes)
 
     def sized_call(self, inputs: tuple[Any, ...] | Mapping[str, Any] | None = None, *, batch: int | None = None, length: int | None = None) -> Call:
         """A call (None: the last one), which is captured now if it is of a new kind, with as many samples and tokens as wanted: its values

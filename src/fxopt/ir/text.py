@@ -89,7 +89,7 @@ class _Writer:
             lines.append(f"# facts: {', '.join(sorted(map(str, program.facts)))}")
         lines += [f"# assumes: {a.said(named.get(a.leaf, '?'))}" for a in program.assumptions]
         lines += ["", "def program("]
-        lines += [_line(f"{node.name},", [self.type(node), named[node.name]]) for node in program.placeholders]
+        lines += [line(f"{node.name},", [self.type(node), named[node.name]]) for node in program.placeholders]
         lines.append("):")
         body = [node for node in program.nodes if node.op == "call_function"]
         groups = _groups(body)
@@ -123,14 +123,14 @@ class _Writer:
             slot = self.program.slots.get(target)
             if slot is None:
                 value = self.program.constants.get(target)
-                lines.append(_line(f'{node.name} = constants["{target}"]', [self.type(node) if isinstance(value, torch.Tensor) else type(value).__name__]))
+                lines.append(line(f'{node.name} = constants["{target}"]', [self.type(node) if isinstance(value, torch.Tensor) else type(value).__name__]))
                 continue
             says = slot.kind
             if slot.kind == "parameter":
                 says += ", trainable" if self.program.trainable(target) else ", frozen"
             if slot.made is not None:
                 says += f", made by {slot.made.by}" + (f" from {slot.made.source}" if slot.made.source else "")
-            lines.append(_line(f'{node.name} = state["{target}"]', [self.type(node), says]))
+            lines.append(line(f'{node.name} = state["{target}"]', [self.type(node), says]))
         if skipped:
             lines.append(f"    # {_ranges(skipped)}: state as in the first block")
         return ["    # state", *lines] if lines else []
@@ -140,19 +140,11 @@ class _Writer:
         says = [self.type(node), where.path, where.source]
         if where.passes:
             says.append("by " + ", ".join(where.passes))
-        return _line(f"{node.name} = {self.call(node)}", says)
+        return line(f"{node.name} = {self.call(node)}", says)
 
     def call(self, node: fx.Node, names: dict[fx.Node, str] | None = None) -> str:
         """The call as Python; `names` are used instead of the nodes' own."""
-        names = names or {}
-
-        def say(value: Any) -> str:
-            return _say(value, names, self.symbols)
-
-        if getattr(node.target, "__name__", "") == "getitem" and len(node.args) == 2:
-            return f"{say(node.args[0])}[{say(node.args[1])}]"
-        arguments = [say(arg) for arg in node.args] + [f"{key}={say(value)}" for key, value in node.kwargs.items()]
-        return f"{_target(node.target)}({', '.join(arguments)})"
+        return called_as(node, self.symbols, names)
 
     def outputs(self) -> str:
         """The return value: a dict where the model returns named values, else a value or a tuple."""
@@ -266,7 +258,17 @@ def _ranges(blocks: Iterable[str]) -> str:
     return ", ".join(said)
 
 
-def _line(code: str, says: list[str]) -> str:
+def called_as(node: fx.Node, symbols: Symbols, names: dict[fx.Node, str] | None = None) -> str:
+    """A node's call as Python; `names` are used instead of the nodes' own."""
+    names = names or {}
+    if getattr(node.target, "__name__", "") == "getitem" and len(node.args) == 2:
+        return f"{_say(node.args[0], names, symbols)}[{_say(node.args[1], names, symbols)}]"
+    arguments = [_say(arg, names, symbols) for arg in node.args] + [f"{key}={_say(value, names, symbols)}" for key, value in node.kwargs.items()]
+    return f"{_target(node.target)}({', '.join(arguments)})"
+
+
+def line(code: str, says: Iterable[str]) -> str:
+    """A line of code and, in a column of its own, what is to be said of it."""
     comment = "  ".join(part for part in says if part)
     return f"{'    ' + code:<{COLUMN}}  # {comment}"
 

@@ -48,11 +48,12 @@ class Saved:
 class Part:
     """Equal regions of a step: where they are, their graphs, what each saves, and what each of them takes.
 
-    `split` is None in a program that was captured without gradients.
+    `split` was made from `compiled`, a region equal to the first of them, `region`: their nodes come in the same order.
     """
 
     paths: tuple[str | None, ...]
     region: regions.Region
+    compiled: regions.Region
     split: Split
     saved: tuple[Saved, ...]
     seconds: float
@@ -130,13 +131,14 @@ class _Unbound(Planner):
         return Resident(weights, int(trained * OPTIMIZERS[self.optimizer]), inputs, gradients)
 
 
-def forecast(program: Program, blocks: Iterable[str], shapes: Shapes, guards: Any, optimizer: str | None = None, machine: Machine | None = None) -> Forecast:
+def forecast(program: Program, blocks: Iterable[str], shapes: Shapes, guards: Any, optimizer: str | None = None,
+             runners: dict[Any, RegionRunner] | None = None) -> Forecast:
     """Predict a step of a program.
 
     Args:
         blocks: module paths of the repeated blocks, see `ir.regions.repeated_blocks`.
         shapes: of the call's tensors, in order. guards: what their sizes are in the graph (`ir.capture.guards`).
-        optimizer: see `runtime.plan.planned`.
+        optimizer: see `runtime.plan.planned`. runners: kept and shared between programs of one history, whose equal regions are traced once.
 
     Raises:
         CallError: the program asks for a budget that cannot be kept.
@@ -146,10 +148,9 @@ def forecast(program: Program, blocks: Iterable[str], shapes: Shapes, guards: An
     for block in blocks:
         _owner(model, block.split("."))
     schedule = regions.cut(program, blocks)
-    runners: dict[Any, RegionRunner] = {}
-    binding = Binding(model, program, schedule, saving.of(program), runners)
+    binding = Binding(model, program, schedule, saving.of(program), {} if runners is None else runners)
     budget = next((fact for fact in program.facts if isinstance(fact, Budget)), None)
-    planner = _Unbound(binding, budget, machine or present(), optimizer)
+    planner = _Unbound(binding, budget, present(), optimizer)
     plan = planner.plan(shapes, (False,) * len(shapes))
     env = guards.bind(shapes)
     known: dict[Any, int] = {}
@@ -158,7 +159,7 @@ def forecast(program: Program, blocks: Iterable[str], shapes: Shapes, guards: An
         if not isinstance(size, torch.SymInt):
             return int(size)
         if size.node.expr not in known:
-            known[size.node.expr] = concrete(size.node.expr, env, shapes)
+            known[size.node.expr] = concrete(size, env, shapes)
         return known[size.node.expr]
 
     return Forecast(plan, *_parts(binding, plan, number), planner.machine, number)
@@ -182,7 +183,7 @@ def _parts(binding: Binding, plan: Plan, number: Any) -> tuple[tuple[Part, ...],
     for steps in groups.values():
         (first, runner, *_), level = binding.steps[steps[0]], plan.levels[steps[0]]
         kept = _saved(runner.region, first, level.split, [value.size for value in level.forward.outputs])
-        parts.append(Part(tuple(plan.paths[at] for at in steps), first, level.split, kept, level.seconds))
+        parts.append(Part(tuple(plan.paths[at] for at in steps), first, runner.region, level.split, kept, level.seconds))
         for at in steps:
             for value in _saved(runner.region, binding.steps[at][0], level.split, [v.size for v in level.forward.outputs]):
                 if value.node:
