@@ -28,7 +28,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from bench.headlines_workloads import ROWS, Batch, Phase, Row, System
-from fxopt.runtime.loop import real_tokens, supervised_items
+from fxopt.runtime.counting import supervised_items
+from fxopt.train.batch import real_tokens
 from fxopt.runtime.memory import peak_bytes, reset_peak, resident_bytes
 
 RATE = 1e-3

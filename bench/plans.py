@@ -18,40 +18,40 @@ from typing import Any
 
 import torch
 
-from bench.configurations import ARCHITECTURES, Architecture
 from bench.machine import describe
 from bench.report import machine_line
 import fxopt
 from fxopt.errors import FxoptError
 from fxopt.kernels.tolerance import same
-from fxopt.runtime.loop import model_loss
+from fxopt.train.batch import model_loss
 from fxopt.runtime.plan import size
 from fxopt.runtime.sizes import measure
+from tests.zoo.entry import Configured
+from tests.zoo.table import ZOO
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "bench" / "results" / "plans.jsonl", ROOT / "docs" / "plans.md"
 NAMES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma 2", "Phi", "Cohere", "Granite", "OLMo", "GPT-2", "StarCoder2", "BERT")
 """Architectures whose widths can be set alike."""
 WIDER = {"hidden_size": 256, "intermediate_size": 768, "vocab_size": 4096, "num_hidden_layers": 4, "head_dim": 64, "n_embd": 256, "n_layer": 4,
-         "dim": 256, "hidden_dim": 768, "n_layers": 4, "max_position_embeddings": 512, "n_positions": 512}
+         "dim": 256, "hidden_dim": 768, "n_layers": 4, "max_position_embeddings": 512, "n_positions": 512, "n_ctx": 512, "n_inner": 1024, "d_model": 256,
+         "embedding_size": 256, "emb_dim": 256, "num_layers": 4}
 """Large enough that tensors and not their bookkeeping take the memory and the time."""
 BATCH, LENGTH = 4, 128
 PASSES = "canonicalize | causal | fuse | loss"
 UNITS = 1 << 40
 
 
-def wider(architecture: Architecture) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """The architecture with more width and depth, and a batch for it."""
-    settings = {key: WIDER.get(key, value) for key, value in architecture.settings.items()}
-    torch.manual_seed(0)
-    model = architecture.model(architecture.config(**settings)).train()
+def wider(entry: Configured) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """An entry of the zoo with more width and depth, and a batch for it."""
+    model = entry.made({key: WIDER.get(key, value) for key, value in entry.settings.items()}).train()
     ids = torch.randint(3, 4096, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
 def rows(name: str) -> list[dict[str, Any]]:
     """One record for each budget of an architecture."""
-    model, batch = wider(ARCHITECTURES[name])
+    model, batch = wider(ZOO[name])
     parameters = [p for p in model.parameters() if p.requires_grad]
     found: list[dict[str, Any]] = []
     ends: dict[str, int] = {}
@@ -95,13 +95,13 @@ def page(records: list[dict[str, Any]], machine: str) -> str:
 def main() -> int:
     """Measure, write, and say what is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=list(ARCHITECTURES))
+    parser.add_argument("--only", nargs="+", choices=NAMES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     records: list[dict[str, Any]] = []
     failed: list[str] = []
-    for name in arguments.only or [name for name in NAMES if name in ARCHITECTURES]:
+    for name in arguments.only or NAMES:
         try:
             records += rows(name)
         except FxoptError as error:

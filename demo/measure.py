@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from demo import data
 from demo.plan import Plan, sample_words
-from fxopt.runtime.callbacks import Step
-from fxopt.runtime.loop import supervised_items
+from fxopt.train.callbacks import Step
+from fxopt.runtime.counting import supervised_items
 from fxopt.runtime.memory import peak_bytes, reset_peak, resident_bytes
 
 ANSWER_TOKENS = 24

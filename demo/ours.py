@@ -19,9 +19,8 @@ from demo.measure import Memory, answers, gradient_norms, held_out_loss, summary
 from demo.plan import Plan, load_tokenizer, write_record
 import fxopt
 from fxopt.passes import presets
-from fxopt.runtime.callbacks import Callback, State
-from fxopt.runtime.loop import fit
-from fxopt.runtime.progress import Progress
+from fxopt.train.callbacks import Callback, State
+from fxopt.train.progress import Progress
 
 
 class LastGradients(Callback):
@@ -52,12 +51,9 @@ def run(plan: Plan, passes: str) -> dict[str, Any]:
     answers_before = sample(opt, tokenizer, plan) if plan.samples else []
 
     gradients = LastGradients()
-    folder = Path(plan.folder) / "adapter"
     opt.train()
     memory = Memory(opt)
-    result = fit(
-        opt,
-        batches,
+    trainer = fxopt.Trainer(
         steps=plan.steps,
         optimizer=torch.optim.AdamW([p for p in opt.parameters() if p.requires_grad], lr=plan.lr, weight_decay=0.0),
         schedule=plan.factor(),
@@ -65,8 +61,10 @@ def run(plan: Plan, passes: str) -> dict[str, Any]:
         seed=plan.seed,
         callbacks=[gradients, Progress(name="fxopt")],
         progress=False,
-        output_dir=folder,
+        output_dir=Path(plan.folder) / "run",
+        checkpoints=False,
     )
+    result = trainer.fit(opt, batches)
     used = memory.read()
     after = held_out_loss(opt, held_out) if held_out else None
     answers_after = sample(opt, tokenizer, plan) if plan.samples else []
@@ -84,7 +82,7 @@ def run(plan: Plan, passes: str) -> dict[str, Any]:
         "held_out_after": after,
         "answers_before": answers_before,
         "answers_after": answers_after,
-        "adapter": str(folder),
+        "adapter": str(result.adapter),
         "versions": {"torch": torch.__version__},
     }
 

@@ -26,9 +26,10 @@ from transformers.utils import logging
 from demo import assets
 from demo.measure import Memory, gradient_norms, held_out_loss, summary, timed
 from demo.plan import Plan, load_tokenizer, write_record
-from fxopt.runtime.callbacks import State, Step
-from fxopt.runtime.loop import real_tokens, supervised_items
-from fxopt.runtime.progress import Progress
+from fxopt.train.callbacks import State, Step
+from fxopt.runtime.counting import supervised_items
+from fxopt.train.batch import real_tokens
+from fxopt.train.progress import Progress
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from demo import assets, data
-from fxopt.runtime.schedule import Schedule, make_schedule
+from fxopt.train.schedule import Schedule, make_schedule
 from fxopt.runtime.store import Adapter, write_adapters
 
 

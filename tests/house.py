@@ -23,8 +23,8 @@ _CORE = {"errors", "ir", "kernels"}
 LAW: dict[str, set[str]] = {
     "errors": set(), "ir": {"errors"}, "kernels": {"errors"}, "passes": _CORE, "runtime": _CORE, "train": _CORE | {"runtime"},
     "dispatch": _CORE | {"passes", "runtime"}, "adapting": _CORE | {"passes", "runtime", "dispatch"},
-    "explain": _CORE | {"passes", "runtime"}, "view": _CORE | {"passes", "runtime", "explain"},
-    "api": _CORE | {"passes", "runtime", "dispatch", "adapting", "explain"},
+    "certified": _CORE | {"passes", "runtime"}, "explain": _CORE | {"passes", "runtime"}, "view": _CORE | {"passes", "runtime", "explain"},
+    "api": _CORE | {"passes", "runtime", "dispatch", "adapting", "certified", "explain"},
     "cli": _CORE | {"passes", "runtime", "train", "dispatch", "api", "explain", "view"}, "studio": {"errors", "ir", "runtime"}, "__main__": {"cli"},
     "__init__": _CORE | {"passes", "runtime", "train", "dispatch", "api"},
 }

@@ -28,7 +28,7 @@ BAD: list[tuple[Rule, str, str]] = [
     (house.import_law, "src/fxopt/ir/x.py", "import fxopt.kernels.op"),
     (house.import_law, "src/fxopt/kernels/x.py", "from fxopt.ir import meta"),
     (house.import_law, "src/fxopt/kernels/rope/body.py", "from fxopt import ir"),
-    (house.import_law, "src/fxopt/passes/x.py", "from fxopt.runtime.loop import fit"),
+    (house.import_law, "src/fxopt/passes/x.py", "from fxopt.train.trainer import fit"),
     (house.import_law, "src/fxopt/runtime/x.py", "from fxopt.passes.base import Pass"),
     (house.import_law, "src/fxopt/runtime/x.py", "from fxopt.api import optimize"),
     (house.import_law, "src/fxopt/errors.py", "from fxopt.ir import meta"),

@@ -12,13 +12,16 @@ if TYPE_CHECKING:
     from fxopt.passes import presets
     from fxopt.passes.pipeline import Pipeline, parse
     from fxopt.runtime.gguf_model import load_gguf
-    from fxopt.runtime.loop import fit
+    from fxopt.train.callbacks import Callback
+    from fxopt.train.loader import Loader
+    from fxopt.train.trainer import Trainer, fit
 
-__all__ = ["Optimized", "Pipeline", "errors", "fit", "load_gguf", "optimize", "parse", "presets"]
+__all__ = ["Callback", "Loader", "Optimized", "Pipeline", "Trainer", "errors", "fit", "load_gguf", "optimize", "parse", "presets"]
 
 # Loaded when first asked for: importing torch takes seconds, and `fxopt --help` needs none of it.
 _PLACES = {"Optimized": "fxopt.api", "optimize": "fxopt.api", "Pipeline": "fxopt.passes.pipeline", "parse": "fxopt.passes.pipeline",
-           "fit": "fxopt.runtime.loop", "load_gguf": "fxopt.runtime.gguf_model", "presets": "fxopt.passes.presets"}
+           "fit": "fxopt.train.trainer", "Trainer": "fxopt.train.trainer", "Callback": "fxopt.train.callbacks", "Loader": "fxopt.train.loader",
+           "load_gguf": "fxopt.runtime.gguf_model", "presets": "fxopt.passes.presets"}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import fxopt
 from fxopt.errors import DataError
-from fxopt.runtime.callbacks import Callback, State
-from fxopt.runtime.loop import fit
+from fxopt.train.callbacks import Callback, State
+from fxopt.train.trainer import fit
 
 EXACT = 2.0**-40  # of the largest gradient: 9e-13
 

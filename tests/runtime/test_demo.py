@@ -11,7 +11,7 @@ import torch
 from demo import assets, data, table
 from demo.plan import Plan, first_adapters, load_tokenizer
 from fxopt.errors import DataError
-from fxopt.runtime.loop import supervised_items
+from fxopt.runtime.counting import supervised_items
 from fxopt.runtime.store import read_adapters
 
 ROOT = Path(__file__).parent.parent.parent

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxopt
 from fxopt.passes import presets
-from fxopt.runtime.loop import fit
+from fxopt.train.trainer import fit
 
 
 def llama() -> nn.Module:

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fxopt.errors import CheckError, DataError
 from fxopt.kernels.tolerance import same
-from fxopt.runtime.loop import fit
+from fxopt.train.trainer import fit
 
 # -- torch's results
 

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> str:
     from fxopt.api import optimize
     from fxopt.passes.language import bytes_of
-    from fxopt.runtime.loop import model_loss
+    from fxopt.train.batch import model_loss
     from fxopt.runtime.sizes import measure
 
     if bool(arguments.fit) != bool(arguments.memory):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from fxopt.errors import CallError, DataError
 from fxopt.ir.capture import Call
@@ -35,6 +36,17 @@ class Items:
     state: Mapping[str, torch.Tensor] | None = None
 
 
+def labelled(batch: Any) -> bool:
+    """Whether a batch has `labels`."""
+    return isinstance(batch, Mapping) and batch.get("labels") is not None
+
+
+def samples(batch: Any) -> int:
+    """How many samples a batch holds: the first size of its first tensor; 1 where there is none."""
+    first = next((leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
+    return 1 if first is None else first.shape[0]
+
+
 def supervised_items(batch: Any) -> int:
     """How many items the loss of `batch` is the mean of; 1 for a batch without `labels`.
 
@@ -52,7 +64,7 @@ class Counter:
 
     Args:
         model: what is trained. The graph is asked if it is an Optimized: a module with `prepare`, which gives a batch's Program.
-        count: the user's function; None asks the graph, or the labels for a plain module.
+        count: the user's function; None asks the graph, or for a plain module the labels, or (without any) the number of samples.
         graph: whether the loss is one that the graph returns.
         needed: whether several batches make a step, so that their share in it must be known.
     """
@@ -71,13 +83,13 @@ class Counter:
         if self.count is not None:
             return Items(self.count(batch))
         if not self.optimized:
-            return Items(supervised_items(batch))
+            return Items(supervised_items(batch) if labelled(batch) else samples(batch))
         found = self._derived(batch)
         if isinstance(found, Items):
             return found
         if self.needed:
             raise DataError(f"How many items the loss of a batch is the mean of is not known: {found.reason}.", where=found.where or "fit",
-                            do="Give fit `count`, a function from a batch to that number (`fxopt.runtime.loop.supervised_items` counts labels), or `accumulate=1`.")
+                            do="Give fit `count`, a function from a batch to that number (`fxopt.runtime.counting.supervised_items` counts labels), or `accumulate=1`.")
         return Items(supervised_items(batch))
 
     def _derived(self, batch: Any) -> Items | Underivable:

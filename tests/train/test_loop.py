@@ -11,11 +11,13 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 
 from fxopt.errors import CheckError, DataError
-from fxopt.runtime.callbacks import Callback, State
-from fxopt.runtime.loop import fit, real_tokens, supervised_items
+from fxopt.train.callbacks import Callback, State
+from fxopt.runtime.counting import supervised_items
+from fxopt.train.batch import real_tokens
+from fxopt.train.trainer import fit
 from fxopt.runtime.memory import peak_bytes, reset_peak, resident_bytes
-from fxopt.runtime.progress import line
-from fxopt.runtime.schedule import make_schedule
+from fxopt.train.progress import line
+from fxopt.train.schedule import make_schedule
 
 
 def llama() -> nn.Module:
@@ -84,7 +86,7 @@ def test_accumulation_equals_one_large_batch_tail_included(number: int) -> None:
 
 def test_equals_a_loop_written_out() -> None:
     batches = make_batches(4)
-    model, result, _ = run(batches, epochs=2, schedule="linear", warmup=2, clip=0.5)
+    model, result, _ = run(batches, epochs=2, schedule="linear", warmup=2, clip=0.5, optimizer="torch_adamw")
     other = llama()
     optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.0)
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=2, num_training_steps=8)
@@ -204,6 +206,7 @@ class Adapted(nn.Module):
         return (self.weight * x).sqrt().sum() if x.min() < 0 or x.min() == 0 else (self.weight * x).sum()
 
     def save_adapter(self, folder: str | Path) -> None:
+        Path(folder).mkdir(exist_ok=True)
         torch.save(self.weight.detach().clone(), Path(folder) / "w.pt")
 
 
@@ -213,10 +216,10 @@ def test_what_is_not_finite_is_named_and_nothing_is_lost(tmp_path: Path, value: 
     model, recorder = Adapted(), Recorder()
     with pytest.raises(CheckError, match=message) as caught:
         fit(model, data, epochs=1, accumulate=2, lr=0.1, callbacks=[recorder], progress=False, output_dir=tmp_path)
-    assert caught.value.where in ("batch 2 of 2 in this step", "weight")
+    assert caught.value.where in ("batch 2 of 2 in this step, number 5 of the epoch", "weight")
     assert recorder.calls[-1] == "exception CheckError at 2"
     assert model.weight.isfinite().all() and model.weight.grad is None
-    assert torch.equal(torch.load(tmp_path / "w.pt", weights_only=True), model.weight.detach())
+    assert torch.equal(torch.load(tmp_path / "adapter" / "w.pt", weights_only=True), model.weight.detach())
     reference = Adapted()
     fit(reference, data[:4], epochs=1, accumulate=2, lr=0.1, progress=False, schedule=lambda step: make_schedule("cosine", 5)(step))
     assert torch.equal(reference.weight, model.weight)
@@ -226,7 +229,7 @@ def test_the_adapter_is_saved_at_the_end_and_modes_are_restored(tmp_path: Path) 
     model = Adapted().eval()
     model.dropout.train()
     result = fit(model, [torch.ones(2)], steps=2, progress=False, output_dir=tmp_path / "new" / "folder")
-    assert result.adapter == tmp_path / "new" / "folder" and (result.adapter / "w.pt").exists()
+    assert result.adapter == tmp_path / "new" / "folder" / "adapter" and (result.adapter / "w.pt").exists()
     assert not model.training and model.dropout.training
 
 
@@ -249,7 +252,7 @@ def test_a_seed_makes_runs_equal() -> None:
         ({"epochs": None}, "either `steps` or `epochs`"), ({"steps": 1}, "either `steps` or `epochs`"),
         ({"epochs": 0}, "0 steps"), ({"schedule": "square"}, "no schedule 'square'"), ({"warmup": 99}, "warm-up of 99"),
         ({"schedule": lambda step: 1.0, "warmup": 1}, "`warmup` is for"), ({"accumulate": 0}, "`accumulate`"),
-        ({"clip": 0.0}, "`clip`"), ({"output_dir": "x"}, "save_adapter"),
+        ({"clip": 0.0}, "`clip`"), ({"lr_": 1.0}, "no setting 'lr_'"),
         ({"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)}, "`lr` is for"),
     ],
     ids=range(10),

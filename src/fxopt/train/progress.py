@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from fxopt.runtime.callbacks import Callback, State
+from fxopt.train.callbacks import Callback, State
 from fxopt.runtime.memory import peak_bytes
 
 

@@ -1,0 +1,116 @@
+"""What is trained: a module that computes its loss, a loss function beside one, or a module that says its own steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fxopt.errors import DataError
+from fxopt.runtime.counting import Counter, Items, labelled, samples, supervised_items
+from fxopt.train.batch import Batch, call, loss_of, model_loss
+from fxopt.train.callbacks import Callback, State
+from fxopt.train.metrics import Means, Metric, Values, feed
+from fxopt.train.optimizers import Optimizer, Rates
+
+PREFIX = {"validate": "val_", "test": "test_", "predict": ""}
+Loss = Callable[[nn.Module, Batch], Any]
+"""From the model and a batch to its mean loss, or to something with a `loss`."""
+
+
+class Task(Protocol):
+    """What the loop asks of what it trains.
+
+    Attributes:
+        module: whose parameters are trained. manual: it does its own backwards and steps. hooks: events that it wants.
+    """
+
+    module: nn.Module
+    manual: bool
+    hooks: list[Callback]
+
+    def begin(self, state: State, means: Means) -> None:
+        """A run begins; logged values go to the state (of steps) and the means (of epochs)."""
+
+    def end(self) -> None:
+        """The run is over."""
+
+    def optimizers(self) -> tuple[list[Optimizer], Rates | None] | None:
+        """Its own optimizers and rates; None: the trainer's."""
+
+    def loss(self, model: nn.Module, batch: Batch, index: int) -> Tensor | None:
+        """The mean loss of a batch, 0-dim; None: leave it out. `model` is the module, or what a strategy made of it."""
+
+    def items(self, counter: Counter, batch: Batch) -> Items:
+        """What that loss is the mean of."""
+
+    def evaluate(self, model: nn.Module, batch: Batch, index: int, stage: str, means: Means) -> Any:
+        """Add a batch's values to the means; gives what the model returned."""
+
+
+class ModelTask:
+    """A module, with its own loss or a function's.
+
+    Args:
+        module: it. loss: None: the module returns it. count: how many items a batch's loss is the mean of; None: the graph, the labels
+            or the samples say. metrics: of evaluations, by name.
+    """
+
+    manual = False
+
+    def __init__(self, module: nn.Module, loss: Loss | None = None, count: Callable[[Batch], int] | None = None,
+                 metrics: Mapping[str, Metric | Values] | None = None) -> None:
+        self.module, self.function, self.count, self.metrics = module, loss, count, metrics or {}
+        self.hooks: list[Callback] = []
+
+    def begin(self, state: State, means: Means) -> None:
+        """Nothing."""
+
+    def end(self) -> None:
+        """Nothing."""
+
+    def optimizers(self) -> None:
+        """The trainer's."""
+        return None
+
+    def loss(self, model: nn.Module, batch: Batch, index: int) -> Tensor:
+        """See `Task`."""
+        if self.function is None:
+            return model_loss(model, batch)
+        return loss_of(self.function(model, batch), getattr(self.function, "__name__", "loss"))
+
+    def items(self, counter: Counter, batch: Batch) -> Items:
+        """See `Task`."""
+        return counter(batch)
+
+    def evaluate(self, model: nn.Module, batch: Batch, index: int, stage: str, means: Means) -> Any:
+        """See `Task`. The loss of a prediction is not asked for."""
+        output = call(model, batch) if self.function is None or stage == "predict" else self.function(model, batch)
+        if stage == "predict":
+            return output
+        if not (isinstance(output, Tensor) and output.dim() and self.metrics):  # metrics alone may do
+            weight = float(self.count(batch)) if self.count is not None else float(supervised_items(batch) if labelled(batch) else samples(batch))
+            if weight:
+                means.add(f"{PREFIX[stage]}loss", loss_of(output, type(self.module).__name__), weight)
+        feed(self.metrics, means, output, batch, PREFIX[stage])
+        return output
+
+
+def check_trainable(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require a gradient.
+
+    Raises:
+        DataError: there are none.
+    """
+    found = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not found:
+        raise DataError("No parameter of the model requires a gradient.", where=type(module).__name__)
+    return found
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's first parameter lies."""
+    first = next(module.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
