@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import weakref
+from collections.abc import Mapping
+from typing import Any
 
+import sympy
 import torch
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor
@@ -19,6 +23,7 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _COUNT = itertools.count()
+_MOST: weakref.WeakKeyDictionary[Any, dict[sympy.Symbol, sympy.Expr]] = weakref.WeakKeyDictionary()
 
 
 def live_rows(keep, size, read, cuts, alike, causal, blank, multiple):
@@ -63,7 +68,7 @@ def live_rows(keep, size, read, cuts, alike, causal, blank, multiple):
                              do="give padding the label that the loss ignores, or leave out `pack` for such data")
     place = live.flatten().nonzero().squeeze(1)
     found = place.numel()
-    total = max(-(-found // multiple) * multiple, multiple, 2)
+    total = _rounded(found, multiple)
     place = torch.cat([place, place.new_zeros(total - found)])
     number = torch.arange(total, device=device)
     real = number < found
@@ -79,8 +84,11 @@ def _fake(keep, size, read, cuts, alike, causal, blank, multiple):
     like = next(x for x in (keep, *read) if x is not None)
     mode = like.fake_mode if isinstance(like, FakeTensor) else None
     env = mode.shape_env if mode is not None else None
-    most = max(-(-size[0] * size[1] // multiple) * multiple, multiple, 2) if env is None else 0
-    rows = most or _unknown(env, max(2, multiple, _hint(size[0] * size[1])))
+    every = size[0] * size[1]
+    rows = _rounded(every, multiple) if env is None else _unknown(env, max(2, multiple, _hint(every)))
+    if env is not None:
+        expr = sympy.Integer(every) if isinstance(every, int) else every.node.expr
+        _MOST.setdefault(env, {})[rows.node.expr] = sympy.Max(sympy.ceiling(expr / multiple) * multiple, multiple, 2)
     number = like.new_empty((rows,), dtype=torch.int64)
     flag = like.new_empty((rows,), dtype=torch.bool)
     return *(torch.empty_like(number) for _ in range(4)), like.new_empty((1, rows), dtype=torch.int64), flag, torch.empty_like(flag)
@@ -92,6 +100,15 @@ def _unknown(env, hint):
         hint += 1
     source = ConstantSource(f"live_rows_{next(_COUNT)}")
     return env.create_symintnode(env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None), hint=hint, source=source)
+
+
+def _rounded(number, multiple):
+    return max(-(-number // multiple) * multiple, multiple, 2)
+
+
+def most(env: Any) -> Mapping[sympy.Symbol, sympy.Expr]:
+    """For each number of rows that `live_rows` made in a shape environment: as many as there can be, by the environment's other sizes."""
+    return _MOST.get(env, {})
 
 
 def _hint(size):

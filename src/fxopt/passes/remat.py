@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fxopt.ir.edit import Edit
+from fxopt.ir.facts import Budget
 from fxopt.passes.base import Pass, Promise
 
 
@@ -23,4 +24,7 @@ class Remat(Pass):
 
     def run(self, edit: Edit) -> None:
         """Leaves the graph alone: the fact decides how regions are partitioned."""
-        edit.note("the saved set of each region is a minimum cut, made when its joint graph is traced")
+        if any(isinstance(fact, Budget) for fact in edit.facts):
+            edit.note("the memory pass plans what each region saves, so this changes nothing")
+        else:
+            edit.note("the saved set of each region is a minimum cut, made when its joint graph is traced")

@@ -62,18 +62,23 @@ def measured(device: str = "cpu", threads: int | None = None, seconds: float = 0
     def timed(run: Callable[[], object]) -> float:
         return _best(lambda: (run(), wait()), each)
 
+    generator = torch.Generator(device).manual_seed(0)  # a plan may be made in the middle of a step, whose random numbers it must not draw
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=torch.float32, generator=generator)
+
     flops: dict[str, float] = {}
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(device, enabled=False):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            a = torch.randn(PRODUCT, 1024, device=device).to(dtype)
-            b = torch.randn(1024, 1024, device=device).to(dtype)
+            a = drawn(PRODUCT, 1024).to(dtype)
+            b = drawn(1024, 1024).to(dtype)
             flops[str(dtype).removeprefix("torch.")] = 2 * a.numel() * 1024 / timed(lambda a=a, b=b: a @ b.t())
-        q = torch.randn(1, 8, PRODUCT, 64, device=device)
+        q = drawn(1, 8, PRODUCT, 64)
         name = "attention float32"
         flops[name] = 4 * 8 * PRODUCT * PRODUCT * 64 * 0.5 / timed(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True))
-        x, y = torch.randn(1 << 23, device=device), torch.empty(1 << 23, device=device)
+        x, y = drawn(1 << 23), torch.empty(1 << 23, device=device, dtype=torch.float32)
         moved = 2 * x.numel() * x.element_size() / timed(lambda: torch.mul(x, 2.0, out=y))
-        x, y = torch.randn(1 << 17, device=device), torch.empty(1 << 17, device=device)
+        x, y = drawn(1 << 17), torch.empty(1 << 17, device=device, dtype=torch.float32)
         near = 2 * x.numel() * x.element_size() / timed(lambda: torch.mul(x, 2.0, out=y))
         small = torch.ones(8, device=device)
         call = timed(lambda: small + small)

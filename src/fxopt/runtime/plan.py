@@ -14,6 +14,7 @@ from fxopt.errors import CallError
 from fxopt.ir.facts import Budget
 from fxopt.ir.partition import Policy, min_cut, save_all
 from fxopt.ir.regions import differentiable_outputs
+from fxopt.kernels.live_rows import most
 from fxopt.runtime.levels import Level, Levels
 from fxopt.runtime.machine import Machine, present
 from fxopt.runtime.solver import Option, smallest, solve
@@ -99,7 +100,7 @@ class Planner:
                 return int(value)
             expr = value.node.expr
             if expr not in known:
-                known[expr] = concrete(expr, env, shapes)
+                known[expr] = concrete(value, env, shapes)
             return known[expr]
 
         ways = self._ways(requires_grad, autocast)
@@ -183,14 +184,17 @@ def weights_bytes(model: nn.Module) -> int:
     return sum(found.values())
 
 
-def concrete(expr: sympy.Expr, env: dict[sympy.Symbol, int], shapes: tuple[tuple[int, ...], ...]) -> int:
-    """A size in a call. One that depends on data counts as the largest it can be: the elements of the largest input of rank 2 at most."""
-    value = sympy.sympify(expr).xreplace({symbol: sympy.Integer(number) for symbol, number in env.items()})
-    free = value.free_symbols
-    if free:
-        rows = max((torch.Size(shape).numel() for shape in shapes if len(shape) <= 2), default=1)
-        value = value.xreplace({symbol: sympy.Integer(rows) for symbol in free})
-    return int(value)
+def concrete(size: int | torch.SymInt, env: dict[sympy.Symbol, int], shapes: tuple[tuple[int, ...], ...]) -> int:
+    """A size in a call. One that depends on data counts as the largest it can be: of rows that are found live all, rounded as they are; else
+    the elements of the largest input of rank 2 at most."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    value = sympy.sympify(size.node.expr)
+    live = most(size.node.shape_env)
+    while more := {symbol: live[symbol] for symbol in value.free_symbols if symbol in live and symbol not in env}:  # rows that are live among live rows
+        value = value.xreplace(more)
+    rows = max((torch.Size(shape).numel() for shape in shapes if len(shape) <= 2), default=1)
+    return int(value.xreplace({symbol: sympy.Integer(env.get(symbol, rows)) for symbol in value.free_symbols}))
 
 
 def planned(binding: Binding, tensors: Sequence[torch.Tensor], optimizer: str | None = None) -> Plan:

@@ -21,15 +21,17 @@ def resized(tensors: Sequence[torch.Tensor], symbolic: Sequence[Sequence[Any]], 
 
     Args:
         symbolic: their shapes as captured; a fixed size is an int. The samples lie along the first dimensions, the length along the second.
-        batch, length: None keeps the present one.
+        batch, length: 1 or more; None keeps the present one.
 
     Raises:
-        CallError: the size is fixed in the captured graph.
+        CallError: the size is fixed in the captured graph, or no size.
     """
     found = list(tensors)
     for dim, (wanted, name) in enumerate(((batch, "batch"), (length, "length"))):
         if wanted is None:
             continue
+        if not isinstance(wanted, int) or wanted < 1:
+            raise CallError(f"{name} is {wanted!r}", do="give a whole number of 1 or more")
         # a second dimension that is another size than the others' (a vocabulary, an image's channels) is no length
         sizes = [t.shape[dim] for t, shape in zip(tensors, symbolic) if len(shape) > dim and not isinstance(shape[dim], int)]
         if not sizes:
@@ -44,8 +46,10 @@ def largest(plan: Callable[[int], Plan], limit: int) -> tuple[int, Plan]:
     """The largest size whose plan stays within a limit of bytes, by doubling and halving; needs grow with the size.
 
     Raises:
-        CallError: even size 1 needs more.
+        CallError: even size 1 needs more, or the limit is no number.
     """
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)):
+        raise CallError(f"the memory is {limit!r}, which is no number of bytes", do="write for example 6 << 30")
 
     def fits(number: int) -> Plan | None:
         try:
