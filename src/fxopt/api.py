@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn as nn
 
 from fxopt.adapting import Adapting, call_of
+from fxopt.certified import certified
 from fxopt.dispatch import Dispatcher
 from fxopt.errors import FxoptError
 from fxopt.explain import Explanation, explain
@@ -19,6 +21,7 @@ from fxopt.ir.capture import Call
 from fxopt.ir.program import Program
 from fxopt.passes import presets
 from fxopt.passes.base import Pass
+from fxopt.passes.certificate import Certificate
 from fxopt.passes.pipeline import Pipeline, pipeline
 from fxopt.runtime.plan import Plan, planned, planner
 from fxopt.runtime.sizes import largest, resized
@@ -38,7 +41,7 @@ def optimize(model: nn.Module, passes: Passes | None = None, *, inputs: tuple[An
         inputs: an example call, a tuple (args) or a dict (kwargs): capture now. None: capture at the first call.
             Batch size and length are dynamic either way; other kinds of call are captured when they come.
         check: after each capture, compare one step (outputs, all gradients, buffers) with the original.
-        verify: "values" checks each pass's promise on the example's values too.
+        verify: "values" refuses a program whose certificate fails: each pass application is tested as `Optimized.verify` does.
 
     Raises:
         CaptureError: the model cannot be captured (where, and what to do), or a graph is not equal to it.
@@ -183,6 +186,24 @@ class Optimized(Adapting, nn.Module):
         """
         program, lowered = self.program, self.dispatcher.last
         return explain(program, self.model, self.dispatcher.example, predict=predict, checks=lowered.checks, notes=self.dispatcher.notes)
+
+    def verify(self, inputs: tuple[Any, ...] | Mapping[str, Any] | None = None, *, runs: int = 2, seed: int = 0,
+               original: Mapping[str, torch.Tensor] | None = None, name: str | None = None, named_inputs: Sequence[str] | None = None) -> Certificate:
+        """Randomized testing of how the program of a call was made: each pass application, on the call, on `runs` drawn ones and on
+        adversarial ones, structure and values, and the program as it is run. `print` the certificate, or take its `json()`.
+
+        Args:
+            inputs: an example call; None: the last one. seed: of all random numbers.
+            original: a state dict with the weights before quantization: then what they lose is tested too.
+            name, named_inputs: how a command named the model and its inputs, for the record.
+
+        Raises:
+            FxoptError: nothing was captured yet. What does not hold raises nothing: see `Certificate.require`.
+        """
+        call = self.sized_call(inputs)
+        lowered = self.dispatcher.last
+        return certified(lowered.program, self.model, self.passes, call.tensors, lowered.binding, runs=runs, seed=seed, original=original, name=name,
+                         inputs=named_inputs)
 
     def sized_call(self, inputs: tuple[Any, ...] | Mapping[str, Any] | None = None, *, batch: int | None = None, length: int | None = None) -> Call:
         """A call (None: the last one), which is captured now if it is of a new kind, with as many samples and tokens as wanted: its values

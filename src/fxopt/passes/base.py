@@ -21,6 +21,8 @@ class Promise:
         gradients: "all" (every parameter that took a gradient still does), or "declared" (the pass freezes some by name).
         bound: for "bounded", the relative error of the replaced values (Frobenius norm), as the pass documents it.
         outputs: "all", or "declared" (parts of what the model returns beside the loss, which the pass documents, have other values).
+        of: what `bound` is of: "weights" (what is stored of each; the rest is equal for the stored ones), "dtypes" (products whose operands
+            are rounded; in fp64 the program is equal), or "values" (of another kind, which the pass documents).
         random: "same" (the same random operations in the same order, so one seed gives the same numbers), or "declared".
     """
 
@@ -29,6 +31,7 @@ class Promise:
     bound: float | None = None
     random: str = "same"
     outputs: str = "all"
+    of: str = "values"
 
 
 @dataclass(frozen=True)

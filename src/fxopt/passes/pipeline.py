@@ -16,9 +16,11 @@ import torch
 from fxopt.errors import FxoptError, PassError
 from fxopt.ir.edit import Edit
 from fxopt.ir.facts import Installed
+from fxopt.ir.part import part_of
 from fxopt.ir.program import Program, Sample
-from fxopt.passes import promises, verify as values
+from fxopt.passes import certify, promises
 from fxopt.passes.base import Pass, literal
+from fxopt.passes.cases import cases
 from fxopt.passes.catalog import PASSES, establishing
 from fxopt.passes.language import Argument, Invocation, place, read
 
@@ -223,7 +225,7 @@ def apply(pass_: Pass, program: Program, sample: Sample | None = None) -> Progra
     tags = pass_.promise.values == "same" and edit.facts != program.facts
     if not (promises.changed(edit) or tags) or (pass_.must_fire and not edit.rewrites and not edit.installed.names):
         why = _reasons(edit)
-        if pass_.must_fire and not edit.installed.names:
+        if pass_.must_fire and not edit.installed.names and part_of(program.facts) is None:
             raise PassError(f"{pass_} changed nothing{why}", do="change its arguments, or take it out of the pipeline")
         edit.note(f"changed nothing{why}")
     try:
@@ -232,6 +234,16 @@ def apply(pass_: Pass, program: Program, sample: Sample | None = None) -> Progra
         raise PassError(f"{pass_} made an invalid graph: {str(error).splitlines()[0]}", do="this is a bug of the pass") from error
     promises.check(pass_, program, after)
     return after
+
+
+def applied(program: Program, passes: Iterable[Pass] = ()) -> list[Pass]:
+    """Every pass that made a program, in order: of those given, by text, else of the catalog.
+
+    Raises:
+        PassError: a pass in the program's log is neither.
+    """
+    known = {pass_.text(): pass_ for pass_ in passes}
+    return [known[record.text] if record.text in known else next(iter(parse(record.text))) for record in program.log]
 
 
 def _prerequisite(pass_: Pass, program: Program) -> Pass | None:
@@ -271,17 +283,20 @@ def run(passes: str | Pass | Pipeline | Iterable[str | Pass | Pipeline], program
     behind the adapters. The log shows it.
 
     Args:
-        verify: None checks types and structure only. "values" also runs the program before and after each pass that
-            promises equal values, on the sample, and compares outputs, gradients and buffers.
+        verify: None checks types and structure only. "values" also certifies each pass application (see `certify`): on the sample,
+            and on calls drawn from it, outputs, gradients and buffers before and after are compared.
         sample: the values of one call, for `verify` and for passes that measure.
 
     Raises:
         PassError: see `apply`.
-        CheckError: if the values of a pass are wrong; says which tensor, by how much, and after which pass.
+        CheckError: if a certificate fails; says which tensor, by how much, on which case and after which pass.
     """
     if verify not in (None, "values"):
         raise PassError(f"verify must be None or 'values', got {verify!r}")
-    known = dict(sample.state if sample is not None else {})
+    certifier = None
+    if verify == "values":
+        example = sample.inputs if sample is not None else ()
+        certifier = certify.Certifier(cases(program, example, certify.RUNS, certify.SEED), sample.state if sample is not None else {})
     waiting = _reading_stored(list(pipeline(passes)), program)
     while waiting:
         pass_ = waiting.pop(0)
@@ -290,9 +305,8 @@ def run(passes: str | Pass | Pipeline | Iterable[str | Pass | Pipeline], program
             waiting.insert(0, pass_)
             pass_ = needed
         after = apply(pass_, program, sample)
-        if verify == "values":
-            known = values.materialize(after, known)
-            note = values.check(pass_, program, after, sample.inputs if sample is not None else (), known)
+        if certifier is not None:
+            _, note = certify.stage_of(pass_, program, after, certifier)
             record = dataclasses.replace(after.log[-1], notes=(*after.log[-1].notes, note))
             after = after.replace(log=(*after.log[:-1], record))
         program = after

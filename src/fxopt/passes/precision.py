@@ -59,7 +59,7 @@ class Precision(Pass):
     name: ClassVar[str] = "precision"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})  # one spelling of a cast, and no asserts of dtypes
     # three roundings of a bf16 product, see __post_init__; each instance has its own
-    promise: ClassVar[Promise] = Promise(values="bounded", bound=0.012)
+    promise: ClassVar[Promise] = Promise(values="bounded", bound=0.012, of="dtypes")
 
     dtype: Literal["bf16", "fp16", "fp32", "auto"] = "auto"
     margin: float = 4.0
@@ -71,7 +71,7 @@ class Precision(Pass):
         # of each product: both operands and the result rounded once, against the product of the absolute values (Higham, 2002,
         # "Accuracy and Stability of Numerical Algorithms", section 3.5, the sums in fp32)
         to = _DTYPES.get(self.dtype, torch.bfloat16)
-        object.__setattr__(self, "promise", Promise(values="bounded", bound=1.5 * torch.finfo(to).eps))
+        object.__setattr__(self, "promise", Promise(values="bounded", bound=1.5 * torch.finfo(to).eps, of="dtypes"))
 
     def run(self, edit: Edit) -> None:
         """Choose, cast, check every edge, measure, report."""

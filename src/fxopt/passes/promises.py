@@ -34,13 +34,21 @@ def changed(edit: Edit) -> bool:
     return False
 
 
+def facts(pass_: Pass, before: Program, after: Program) -> dict[str, str | None]:
+    """The structural facts that hold between two programs whatever the values are: None, or what is wrong, for each.
+
+    "outputs": number, dtypes, ranks, devices. "inputs": the same ones. "writes": the same buffers and inputs, as often. "gradients":
+    the same parameters take one (a pass that declares its gradients may freeze, and train what it made). "random": the same random
+    operations in the same order, unless the pass declares its own.
+    """
+    return {"outputs": _outputs(before, after), "inputs": _inputs(before, after), "writes": _writes(before, after),
+            "gradients": _trainable(before, after) if pass_.promise.gradients == "all" else _untrained(before, after),
+            "random": _random(before, after) if pass_.promise.random == "same" else None}
+
+
 def check(pass_: Pass, before: Program, after: Program) -> None:
-    """Raise a PassError if `after` breaks what `pass_` promised about `before`."""
-    broken = _outputs(before, after) or _inputs(before, after) or _writes(before, after)
-    if broken is None and pass_.promise.gradients == "all":
-        broken = _trainable(before, after)
-    if broken is None and pass_.promise.random == "same":
-        broken = _random(before, after)
+    """Raise a PassError if `after` breaks what `pass_` promised about `before`: one of `facts` does not hold."""
+    broken = next((says for says in facts(pass_, before, after).values() if says is not None), None)
     if broken is not None:
         raise PassError(f"{pass_} broke its promise: {broken}", where=f"pass {pass_.name}", do="this is a bug of the pass: report it with the program's text")
 
@@ -113,6 +121,12 @@ def _trainable(before: Program, after: Program) -> str | None:
     if new - old:
         return f"{sorted(new - old)[0]!r} now takes a gradient"
     return None
+
+
+def _untrained(before: Program, after: Program) -> str | None:
+    """Of a pass that declares its gradients: none of the model's own comes to take one."""
+    more = {name for name in differentiable(after) - differentiable(before) if after.slots[name].made is None}
+    return f"{min(more)!r} now takes a gradient" if more else None
 
 
 def _random(before: Program, after: Program) -> str | None:

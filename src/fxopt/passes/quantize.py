@@ -50,7 +50,7 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     establishes: ClassVar[frozenset[str]] = frozenset({"quantized"})
     # Gaussian weights in NF4: 9.2% relative error of the stored values (measured on 2048 x 2048); each instance has its own
-    promise: ClassVar[Promise] = Promise(values="bounded", bound=0.12)
+    promise: ClassVar[Promise] = Promise(values="bounded", bound=0.12, of="weights")
     must_fire: ClassVar[bool] = True
 
     format: str = "nf4"
@@ -68,7 +68,7 @@ class Quantize(Pass):
         if self.bits is not None and not self.bits > 0:
             raise PassError(f"quantize: bits must be a number above 0, got {self.bits}")
         worst = max(FORMATS[name].error for name in sensitivity.CANDIDATES) if self.bits is not None else chosen.error
-        object.__setattr__(self, "promise", Promise(values="bounded", bound=_MARGIN * worst))
+        object.__setattr__(self, "promise", Promise(values="bounded", bound=_MARGIN * worst, of="weights"))
 
     def run(self, edit: Edit) -> None:
         """Rewrite every linear whose weight is frozen."""

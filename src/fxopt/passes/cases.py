@@ -1,0 +1,225 @@
+"""Inputs to test a program on: drawn by a seed over the sizes that it declares, and adversarial ones.
+
+What an integer input may hold is read off the graph: rows of the tables that it indexes, classes of the losses that it labels. An
+integer input of unknown meaning (a mask, offsets) keeps the example's values, repeated or cut to the size.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+import torch.fx as fx
+
+from fxopt.errors import CheckError
+from fxopt.ir import meta
+from fxopt.ir.capture import guards
+from fxopt.ir.index import full_arguments
+from fxopt.ir.program import Program, ShapeGuards
+from fxopt.ir.regions import is_view
+
+aten = torch.ops.aten
+State = Mapping[str, torch.Tensor]
+_KEEPS = {aten.contiguous.default, aten.clone.default, aten.to.dtype, aten._to_copy.default, aten.constant_pad_nd.default, aten.pad.default, aten.reshape.default,
+          aten.detach.default, aten.alias.default}
+_LOSSES = {aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default}
+SIZES = (2, 3, 5, 4, 7, 6, 9)  # what dynamic sizes are drawn from: small, so that a case costs little
+_TRIES = 24
+_LARGE = 64.0  # times the example: far beyond where exponentials saturate, and still far from the largest fp16
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One call.
+
+    Attributes:
+        name: "given", "drawn 0", "zeros", ...
+        inputs: one tensor per placeholder.
+        scaled: state that is multiplied by a number for this case (tables that ids are looked up in), by slot.
+    """
+
+    name: str
+    inputs: tuple[torch.Tensor, ...]
+    scaled: Mapping[str, float]
+
+    def state(self, state: State) -> dict[str, torch.Tensor]:
+        """The state to run the case with."""
+        return {name: value.detach() * self.scaled[name] if name in self.scaled else value for name, value in state.items()}
+
+    @property
+    def shapes(self) -> list[list[int]]:
+        """Of the inputs."""
+        return [list(t.shape) for t in self.inputs]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What an integer input may hold: below `high`, and `ignored` where it is a label that does not count."""
+
+    high: int
+    ignored: int | None = None
+
+
+def domain(placeholder: fx.Node) -> Domain | None:
+    """The domain of an integer input, followed through views and copies to what it indexes; None if it indexes nothing."""
+    highs: list[int] = []
+    ignored: list[int] = []
+    waiting, seen = [placeholder], {placeholder}
+    while waiting:
+        node = waiting.pop()
+        for user in node.users:
+            if user.op != "call_function":
+                continue
+            if user.target is aten.embedding.default and user.args[1] is node:
+                highs += _size(user.args[0], 0)
+            elif user.target in _LOSSES and user.args[1] is node:
+                logits = meta.tensor(user.args[0])
+                highs += _size(user.args[0], 1 if logits is not None and logits.dim() > 1 else 0)
+                ignored.append(int(full_arguments(user)["ignore_index"]))
+            elif (user.target in _KEEPS or is_view(user)) and user.args[0] is node and user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return Domain(min(highs), ignored[0] if ignored else None) if highs else None
+
+
+def _size(node: fx.Node, dim: int) -> list[int]:
+    found = meta.tensor(node)
+    return [int(found.shape[dim])] if found is not None and isinstance(found.shape[dim], int) else []
+
+
+class Maker:
+    """Makes cases for one program.
+
+    Args:
+        program: as captured.
+        example: one tensor per placeholder: the call that it was captured from, or another of its kind.
+        seed: of all random numbers.
+    """
+
+    def __init__(self, program: Program, example: Sequence[torch.Tensor], seed: int) -> None:
+        if len(example) != len(program.placeholders):
+            raise CheckError(f"the program takes {len(program.placeholders)} tensors, got {len(example)}", do="give the values of one call")
+        self.example, self.seed = tuple(t.detach().requires_grad_(t.requires_grad) for t in example), seed
+        self.guards: ShapeGuards = guards(program)
+        self.domains = [domain(node) if not t.is_floating_point() else None for node, t in zip(program.placeholders, example)]
+        self.tables = sorted({str(node.args[0].target) for node in program.nodes if node.op == "call_function" and node.target is aten.embedding.default
+                              and node.args[0].op == "get_attr" and node.args[0].target in program.slots})
+        self.symbols = list(dict.fromkeys(s for shape in self.guards.shapes for size in shape for s in sorted(sympy.sympify(size).free_symbols, key=str)))
+        # sizes of several inputs that are equal in the example, at one dimension, are one size (ids, mask and labels of one length)
+        self.groups = {symbol: min((dim, int(t.shape[dim])) for shape, t in zip(self.guards.shapes, example) for dim, size in enumerate(shape)
+                                   if symbol in sympy.sympify(size).free_symbols) for symbol in self.symbols}
+        self.leading = {size for shape in self.guards.shapes for size in shape[:1] if isinstance(size, sympy.Symbol)}
+
+    def drawn(self, i: int) -> Case:
+        """Other sizes, other values."""
+        generator = self.generator(i)
+        return self.case(f"drawn {i}", self.resized(self.sizes(generator)), lambda k, t: self.redrawn(k, t, generator))
+
+    def adversarial(self) -> Iterator[Case]:
+        """Values and sizes that wrong rewrites have been hidden by, or shown by."""
+        floats = any(t.is_floating_point() for t in self.example)
+        zero = 0.0 if not floats else 1.0
+        yield self.case("zeros", self.example, lambda k, t: torch.zeros_like(t) if t.is_floating_point() else t, zero)
+        generator = self.generator(1000)
+        yield self.case("ties", self.example, lambda k, t: self.tied(k, t, generator))
+        yield self.case("large", self.example, lambda k, t: t * _LARGE if t.is_floating_point() else t, _LARGE if not floats else 1.0)
+        if any(d is not None and d.ignored is not None for d in self.domains):
+            yield self.case("all labels ignored", self.example, self.ignored)
+        for name, wanted in (("length 1", [s for s in self.symbols if s not in self.leading]), ("batch 1", [s for s in self.symbols if s in self.leading])):
+            shapes = self.shapes({**self.present(), **dict.fromkeys(wanted, 1)}) if wanted else None
+            if shapes is not None and self.guards.check(shapes) in ("ok", "edge"):
+                yield self.case(name, self.resized(shapes), lambda k, t: t)
+        if any(t.dim() > 1 and t.numel() > 1 for t in self.example):
+            yield self.case("not contiguous", self.example, lambda k, t: _transposed_in_memory(t))
+
+    def given(self) -> Case:
+        """The example itself."""
+        return Case("given", self.example, {})
+
+    # -- values --------------------------------------------------------------------------------------------------------
+
+    def generator(self, i: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 7919 + i)
+
+    def case(self, name: str, tensors: Sequence[torch.Tensor], change: Callable[[int, torch.Tensor], torch.Tensor], tables: float = 1.0) -> Case:
+        """`change(position, tensor)` gives each tensor's value; it keeps shape, dtype and whether a gradient is wanted."""
+        made = tuple(change(k, t.detach()).to(t.device, t.dtype).requires_grad_(self.example[k].requires_grad) for k, t in enumerate(tensors))
+        return Case(name, made, dict.fromkeys(self.tables, tables) if tables != 1.0 else {})
+
+    def redrawn(self, k: int, t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        if t.is_floating_point():
+            example = self.example[k].detach().double()
+            spread = float(example.std()) if example.numel() > 1 else 0.0
+            if not spread > 0:  # a constant: what it means is not known
+                return t
+            return torch.randn(t.shape, generator=generator, dtype=torch.float64) * spread + float(example.mean())
+        found = self.domains[k]
+        if found is None:
+            return t
+        ids = torch.randint(0, found.high, t.shape, generator=generator)
+        if found.ignored is not None and t.numel():
+            ids = torch.where(torch.rand(t.shape, generator=generator) < 0.3, found.ignored, ids)
+            ids.view(-1)[-1] = int(torch.randint(0, found.high, (), generator=generator))  # a batch without any label has no loss
+        return ids
+
+    def tied(self, k: int, t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        if t.is_floating_point():
+            return torch.randint(-1, 2, t.shape, generator=generator) * 0.5
+        found = self.domains[k]
+        return t if found is None else torch.full_like(t, int(torch.randint(0, found.high, (), generator=generator)))
+
+    def ignored(self, k: int, t: torch.Tensor) -> torch.Tensor:
+        found = self.domains[k]
+        return torch.full_like(t, found.ignored) if found is not None and found.ignored is not None else t
+
+    # -- sizes ---------------------------------------------------------------------------------------------------------
+
+    def present(self) -> dict[sympy.Symbol, int]:
+        """The example's sizes."""
+        return self.guards.bind(tuple(tuple(t.shape) for t in self.example))
+
+    def shapes(self, bound: Mapping[sympy.Symbol, int]) -> tuple[tuple[int, ...], ...] | None:
+        """The inputs' shapes for some sizes; None if one is no positive whole number."""
+        found = []
+        for shape in self.guards.shapes:
+            sizes = [sympy.sympify(size).subs(bound) for size in shape]
+            if not all(size.is_Integer and size >= 0 for size in sizes):
+                return None
+            found.append(tuple(map(int, sizes)))
+        return tuple(found)
+
+    def sizes(self, generator: torch.Generator) -> tuple[tuple[int, ...], ...]:
+        """Shapes that the program covers; the example's if none of the tries is covered."""
+        present = self.present()
+        for _ in range(_TRIES if self.symbols else 0):
+            sizes = {group: SIZES[int(torch.randint(0, len(SIZES), (), generator=generator))] for group in dict.fromkeys(self.groups.values())}
+            picked = {s: sizes[group] for s, group in self.groups.items()}
+            shapes = self.shapes({**present, **picked})
+            if shapes is not None and self.guards.check(shapes) == "ok":
+                return shapes
+        return tuple(tuple(t.shape) for t in self.example)
+
+    def resized(self, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """The example's values, repeated or cut to other sizes."""
+        found = []
+        for t, shape in zip(self.example, shapes):
+            new = t.detach()
+            for dim, size in enumerate(shape):
+                if new.shape[dim] != size and new.shape[dim]:
+                    new = new.index_select(dim, torch.arange(size, device=new.device) % new.shape[dim])
+            found.append(new)
+        return found
+
+
+def cases(program: Program, example: Sequence[torch.Tensor], runs: int, seed: int) -> list[Case]:
+    """The example, `runs` drawn cases, and the adversarial ones."""
+    maker = Maker(program, example, seed)
+    return [maker.given(), *(maker.drawn(i) for i in range(runs)), *itertools.chain(maker.adversarial())]
+
+
+def _transposed_in_memory(t: torch.Tensor) -> torch.Tensor:
+    """Equal values whose last two dimensions lie the other way round in memory."""
+    return t if t.dim() < 2 else t.transpose(-1, -2).contiguous().transpose(-1, -2)

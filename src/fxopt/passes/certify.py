@@ -1,0 +1,287 @@
+"""Test every pass application of a pipeline on many calls: the one way in which values are verified.
+
+`run(..., verify="values")`, `optimize(..., verify="values")`, `Optimized.verify` and `fxopt verify` all come here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, ClassVar
+
+import torch
+
+from fxopt.errors import CheckError, FxoptError
+from fxopt.ir import meta
+from fxopt.ir.facts import LowRank, Stored, Trained
+from fxopt.ir.hashing import digest, state_digest
+from fxopt.ir.program import Program
+from fxopt.kernels.formats import FORMATS
+from fxopt.passes import low_rank, promises, verify
+from fxopt.passes.base import Pass, Promise
+from fxopt.passes.cases import Case, cases
+from fxopt.passes.certificate import Certificate, Result, Stage, versions
+from fxopt.passes.interpreted import bound_values, materialize
+from fxopt.passes.quiet import quiet
+from fxopt.passes.verify import Runs, drawn
+
+RUNS, SEED = 2, 0
+State = Mapping[str, torch.Tensor]
+INTERPRETED = "the graph, interpreted"
+BEFORE, FORMULA = "the program before", "W + scale * B A in the program before, with random factors"
+
+
+class Certifier:
+    """Tests pass applications one after the other, on the same cases.
+
+    Args:
+        tested: the cases.
+        state: values of the first program's slots. Adapters that passes add get random values once their start was tested, so that
+            later passes are tested on adapters that count.
+    """
+
+    def __init__(self, tested: Sequence[Case], state: State) -> None:
+        self.cases = list(tested)
+        self.state: dict[str, torch.Tensor] = {name: value.detach() for name, value in state.items()}
+        self.kept: dict[str, Runs] = {}
+
+    def stage(self, pass_: Pass, before: Program, after: Program) -> Stage:
+        """What is found of one application. Nothing is raised for what is wrong: see `Stage.require`."""
+        facts = dict(promises.facts(pass_, before, after))
+        made = {name: slot for name, slot in after.slots.items() if name not in before.slots}
+        known = materialize(after, self.state)
+        results: list[Result] = []
+        if all(says is None for name, says in facts.items() if name != "random"):
+            stored = [slot.made.facts for slot in made.values() if slot.made is not None and isinstance(slot.made.facts, Stored)]
+            adapters = [name for name, slot in made.items() if slot.made is not None and isinstance(slot.made.facts, (LowRank, Trained))]
+            first = known if not stored else dequantized(after, known)
+            results += _bounds(pass_, stored, self.state, first)
+            start = self.cases[:2] if adapters else self.cases
+            shared: list[str] = []
+            promise, coarser = _held_to(pass_.promise)
+            if promise is None:
+                results.append(Result("all", BEFORE, "skipped", says=f"not compared: the pass promises an approximation of values (bound {pass_.promise.bound})"))
+            else:
+                promise, old, new = _without_draws(promise, before, after)
+                test = _Test(pass_, promise, coarser, old, new)
+                results += [self.compare(test, case, first, known, shared) for case in start]
+            facts["aliasing"] = shared[0] if shared else None
+            if adapters:
+                known = {**known, **{name: _random(name, known[name]) for name in adapters if not known[name].any() or _factor(after, name) != "magnitude"}}
+                if promise is not None:
+                    results += [self.formula(test, case, known) for case in self.cases]
+        if made:
+            self.kept.clear()
+        self.state = known
+        promise = {name: value for name, value in dataclasses.asdict(pass_.promise).items() if value is not None}
+        return Stage(pass_.text(), promise, digest(before), digest(after), len(after.log[-1].rewrites) if after.log else 0, facts, tuple(results))
+
+    def compare(self, test: _Test, case: Case, first: State, second: State, shared: list[str]) -> Result:
+        """One case, the program before against the one after. What is wrong with the sharing of memory goes into `shared`."""
+        scalars = test.promise.outputs == "declared"
+        old = self.kept.get(case.name)
+        if old is None or old.program is not test.before or old.scalars != scalars or first is not second:
+            old = Runs(test.before, case.inputs, case.state(first), scalars=scalars)
+        new = Runs(test.after, case.inputs, case.state(second), scalars=scalars)
+        found = test.result(case, BEFORE, old, new)
+        self.kept[case.name] = new
+        if found.status in ("equal", "within") and not scalars and old.draws.shared != new.draws.shared:
+            shared.append(f"on {case.name}, what outputs share memory with was {list(old.draws.shared)} and is {list(new.draws.shared)}")
+        return found
+
+    def formula(self, test: _Test, case: Case, state: State) -> Result:
+        """One case, adapters with random values: the program before, on weights computed by their formula, against the one after."""
+        scaled = case.state(state)
+        old, new = Runs(test.before, case.inputs, scaled, derive=low_rank.adapted(test.after)), Runs(test.after, case.inputs, scaled)
+        return test.result(case, FORMULA, old, new)
+
+
+@dataclass(frozen=True)
+class _Test:
+    """What one pass application is held to."""
+
+    pass_: Pass
+    promise: Promise
+    coarser: bool
+    before: Program
+    after: Program
+
+    def result(self, case: Case, against: str, old: Runs, new: Runs) -> Result:
+        """Compare; a case that the model itself refuses says nothing about the pass."""
+        try:
+            assert old.own is not None
+        except Exception as error:
+            return Result(case.name, against, "skipped", says=f"the program before refuses this case: {_first(error)}")
+        try:
+            found = verify.compare(self.pass_, old, new, promise=self.promise, coarser=self.coarser)
+        except CheckError as error:
+            return Result(case.name, against, "failed", says=error.what)
+        except Exception as error:
+            return Result(case.name, against, "failed", says=f"the program after fails, and the one before does not: {_first(error)}")
+        status = "skipped" if not found.compared else "equal" if not found.worst else "within"
+        return Result(case.name, against, status, found.compared, found.worst, found.ratio, found.says)
+
+
+def _first(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _held_to(promise: Promise) -> tuple[Promise | None, bool]:
+    """What can be tested of a promise, and whether the allowed error is the new program's own (see `verify.compare`)."""
+    if promise.values != "bounded":
+        return promise, False
+    if promise.of == "values":
+        return None, False
+    return dataclasses.replace(promise, values="tolerance"), promise.of == "dtypes"
+
+
+def _without_draws(promise: Promise, before: Program, after: Program) -> tuple[Promise, Program, Program]:
+    """Where a pass declares random numbers of its own: the programs with every probability of a zero at 0, if that leaves no others."""
+    if promise.random != "declared" or drawn(before) == drawn(after):
+        return promise, before, after
+    both = quiet(before), quiet(after)
+    if both[0] is None or both[1] is None:
+        return promise, before, after
+    return dataclasses.replace(promise, random="same"), both[0], both[1]
+
+
+def _bounds(pass_: Pass, stored: Sequence[Stored], dense: State, back: State) -> Iterator[Result]:
+    """How far each stored weight is off, against the pass's bound (relative, Frobenius norm)."""
+    targets = {fact.target: fact for fact in stored if fact.target in dense}
+    bound = pass_.promise.bound
+    if not targets or bound is None:
+        return
+    errors = {}
+    for name in targets:
+        norm = float(dense[name].double().norm())
+        errors[name] = float((back[name].double() - dense[name].double()).norm()) / max(norm, torch.finfo(torch.float64).tiny)
+    worst = max(errors, key=lambda name: errors[name])
+    says = f"{worst} is off by {errors[worst]:.3g} (relative, Frobenius norm), the bound is {bound:.3g}"
+    yield Result("stored weights", "the dense weights", "within" if errors[worst] <= bound else "failed", len(errors), worst, errors[worst] / bound, says)
+
+
+def dequantized(program: Program, state: State) -> dict[str, torch.Tensor]:
+    """`state` with every weight that is stored quantized replaced by what its stored form means."""
+    found, done = dict(state), set()
+    for slot in program.slots.values():
+        stored = slot.made.facts if slot.made is not None else None
+        if isinstance(stored, Stored) and stored.target not in done:
+            parts = [state[f"{stored.target}.{part.name}"] for part in FORMATS[stored.format].parts]
+            found[stored.target] = FORMATS[stored.format].dequantize(parts, stored.shape, stored.dtype)
+            done.add(stored.target)
+    return found
+
+
+def _factor(program: Program, name: str) -> str:
+    made = program.slots[name].made
+    return made.facts.factor if made is not None and isinstance(made.facts, LowRank) else "whole"
+
+
+def _random(name: str, value: torch.Tensor) -> torch.Tensor:
+    """Values that count, where adapters start at zero."""
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    return (0.1 * torch.randn(value.shape, generator=generator)).to(value.device, value.dtype)
+
+
+def lowered(program: Program, run: Callable[[list[torch.Tensor]], Sequence[Any]], tested: Sequence[Case], live: State) -> Stage:
+    """What is found of a program as it is run: `run(inputs)` gives flat outputs and reads the tensors `live`, against the interpreted graph."""
+    pass_ = Lowering()
+    scalars = any(isinstance(out, torch.fx.Node) and (found := meta.tensor(out)) is not None and not found.dim() and found.is_floating_point() for out in program.outputs)
+    results = []
+    for case in tested:
+        if case.scaled:
+            continue  # the live weights are not touched
+        old = Runs(program, case.inputs, live, scalars=scalars)
+        try:
+            assert old.truth is not None
+        except Exception as error:
+            results.append(Result(case.name, INTERPRETED, "skipped", says=f"the graph refuses this case: {_first(error)}"))
+            continue
+        try:
+            found = old.computed(bound_values(program, run, case.inputs, live, scalars=scalars))
+        except Exception as error:
+            results.append(Result(case.name, INTERPRETED, "failed", says=f"the program as it is run fails: {_first(error)}"))
+            continue
+        results.append(_Test(pass_, pass_.promise, False, program, program).result(case, INTERPRETED, old, found))
+    hashed = digest(program)
+    return Stage(pass_.text(), {"values": "tolerance"}, hashed, hashed, 0, {}, tuple(results))
+
+
+@dataclass(frozen=True)
+class Lowering(Pass):
+    """the program as it is run, in regions with a forward and a backward of their own"""
+
+    name: ClassVar[str] = "lowering"
+
+
+# -- whole pipelines -------------------------------------------------------------------------------------------------
+
+
+def certify(program: Program, passes: Sequence[Pass], example: Sequence[torch.Tensor], state: State, *, runs: int = RUNS, seed: int = SEED,
+            text: str | None = None, model: str = "", inputs: Sequence[str] | None = None, run: Callable[[list[torch.Tensor]], Sequence[Any]] | None = None,
+            live: State | None = None) -> Certificate:
+    """Test how a program was made: every pass application in its history.
+
+    Args:
+        program: the last one.
+        passes: every pass that was applied (see `pipeline.applied`).
+        example: one tensor per placeholder.
+        state: values of the captured program's slots.
+        runs: how many drawn cases, beside the example and the adversarial ones.
+        seed: of everything random.
+        text, model, inputs: the pipeline, the model and its inputs as they were named, for the record.
+        run, live: see `lowered`; None: the program is not run otherwise.
+
+    Raises:
+        FxoptError: the example or the state is not the program's.
+    """
+    history = list(reversed(list(program.history())))
+    raw = history[0]
+    missing = [name for name in raw.slots if name not in state and name not in raw.constants and any(n.op == "get_attr" and n.target == name for n in raw.nodes)]
+    if missing:
+        raise FxoptError(f"no value for state {missing[0]!r}", do="give the state of the model that the program was captured from")
+    tested = cases(raw, example, runs, seed)
+    certifier = Certifier(tested, {name: value for name, value in state.items() if name in raw.slots})
+    known = {pass_.text(): pass_ for pass_ in passes}
+    stages = [certifier.stage(made_by(after, known), before, after) for before, after in zip(history, history[1:])]
+    if run is not None:
+        stages.append(lowered(program, run, tested, live or {}))
+    read = {name: value for name, value in state.items() if name in raw.slots and raw.slots[name].made is None}
+    return Certificate(model, tuple(inputs) if inputs is not None else None, " | ".join(map(str, passes)) if text is None else text, raw.training, runs, seed, present_versions(),
+                       state_digest(read), {case.name: case.shapes for case in tested}, tuple(stages))
+
+
+def made_by(program: Program, known: Mapping[str, Pass]) -> Pass:
+    """The pass that made a program, by the text in its log."""
+    text = program.log[-1].text
+    if text not in known:
+        raise FxoptError(f"the pass {text!r} is none of the pipeline's", do="give `certify` every pass that was applied, those put in by themselves too")
+    return known[text]
+
+
+def present_versions() -> dict[str, str]:
+    """Of fxopt, torch and Python."""
+    return versions(metadata.version("fxopt"), platform.python_version())
+
+
+def stage_of(pass_: Pass, before: Program, after: Program, certifier: Certifier) -> tuple[Stage, str]:
+    """A stage, and a sentence about it for the report.
+
+    Raises:
+        CheckError: it does not hold.
+    """
+    stage = certifier.stage(pass_, before, after)
+    stage.require()
+    said = [each for each in stage.results if each.says]
+    return stage, max(said, key=lambda each: each.ratio).says if said else "nothing was compared"
+
+
+def summary(certificate: Certificate) -> dict[str, Any]:
+    """The verdict in a few numbers."""
+    results = [each for stage in certificate.stages for each in stage.results]
+    return {"holds": certificate.holds, "stages": len(certificate.stages), "comparisons": len(results), "failed": sum(each.status == "failed" for each in results),
+            "skipped": sum(each.status == "skipped" for each in results), "worst": max((each.ratio for each in results), default=0.0)}

@@ -1,0 +1,233 @@
+"""A step of a program, interpreted: in its own dtypes, in fp64 (the truth), or in fp64 with its own roundings put back at random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.utils import _pytree as pytree
+
+from fxopt.ir import meta
+from fxopt.ir.edit import random
+from fxopt.ir.facts import Stored
+from fxopt.ir.program import Program
+
+SEED = 0
+ROUNDINGS = 2  # how many roundings of its own dtype one operation's result is moved by: a sum inside it has more than one
+_LOW = {torch.float16, torch.bfloat16, torch.float32}
+# Operations whose draws do not depend on the dtype: the same seed gives an fp64 run the same mask.
+_SAME_DRAWS = {torch.ops.aten.dropout.default, torch.ops.aten.scaled_dot_product_attention.default}
+
+
+@dataclass
+class Draws:
+    """What a run leaves behind beside values.
+
+    Attributes:
+        values: its random tensors by node name, so that a run in another dtype can take the same ones (`replay`).
+        shared: for each output that is a tensor, the inputs, state and earlier outputs whose memory it shares.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    replay: bool = False
+    shared: tuple[tuple[str, ...], ...] = ()
+
+
+class _Rounded(torch.autograd.Function):
+    """Move every element by `eps` times its size, up or down at random; the same on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, eps: float, generator: torch.Generator) -> torch.Tensor:
+        ctx.eps, ctx.generator = eps, generator
+        return _moved(value, eps, generator)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _moved(grad, ctx.eps, ctx.generator), None, None
+
+
+def _moved(value: torch.Tensor, eps: float, generator: torch.Generator) -> torch.Tensor:
+    signs = torch.randint(0, 2, value.shape, generator=generator, dtype=torch.int8).to(value.device, torch.float64) * 2 - 1
+    return value * (1 + eps * signs)
+
+
+class _Run(fx.Interpreter):
+    """Interpret a program: in its own dtypes, or in fp64, or in fp64 with the roundings of its own dtypes put back by `noise`."""
+
+    def __init__(self, program: Program, state: Mapping[str, torch.Tensor], double: bool, draws: Draws, noise: torch.Generator | None = None) -> None:
+        super().__init__(torch.nn.Module(), garbage_collect_values=True, graph=program.graph)
+        self.program, self.state, self.double, self.draws, self.noise = program, state, double, draws, noise
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in self.state:
+            return self.state[target]
+        value = self.program.constants[target]
+        return upcast(value) if self.double and isinstance(value, torch.Tensor) else value
+
+    def run_node(self, n: fx.Node) -> Any:
+        made = self.run_exactly(n)
+        if not self.double or n.op != "call_function":
+            return made
+        if isinstance(n.target, torch._ops.OpOverload) and _aliases(n.target):
+            if not _casts(n):
+                return made
+            made = made.clone()  # in fp64 the cast is none and would share memory that the program copies
+        if self.noise is None:
+            return made
+        kinds = iter(pytree.tree_leaves(n.meta.get("val")))
+        return pytree.tree_map(lambda out: self.rounded(out, next(kinds, None)), made)
+
+    def rounded(self, out: Any, fake: Any) -> Any:
+        if isinstance(out, torch.Tensor) and out.dtype is torch.float64 and isinstance(fake, torch.Tensor) and fake.dtype in _LOW:
+            return _Rounded.apply(out, ROUNDINGS * torch.finfo(fake.dtype).eps, self.noise)
+        return out
+
+    def run_exactly(self, n: fx.Node) -> Any:
+        if n.op != "call_function" or not random(n) or n.target in _SAME_DRAWS or not isinstance(n.target, torch._ops.OpOverload):
+            return super().run_node(n)
+        if self.draws.replay and n.name in self.draws.values:
+            drawn = upcast(self.draws.values[n.name])
+            if not n.target._schema.is_mutable:
+                return drawn
+            into = self.fetch_args_kwargs_from_env(n)[0][0]
+            return into.copy_(drawn)
+        made = super().run_node(n)
+        if isinstance(made, torch.Tensor):
+            self.draws.values[n.name] = made.detach().clone()
+        return made
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if self.double:
+            if target is torch.ops.aten._assert_tensor_metadata.default:
+                return None  # it asserts the dtypes that this run replaces
+            args, kwargs = pytree.tree_map(lambda a: torch.float64 if isinstance(a, torch.dtype) and a in _LOW else a, (args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+
+def _aliases(target: torch._ops.OpOverload) -> bool:
+    """Whether an operation returns memory it was given: a view, or a write in place. Neither rounds by itself."""
+    return any(result.alias_info is not None for result in target._schema.returns)
+
+
+def _casts(node: fx.Node) -> bool:
+    """Whether the node's value has another dtype than its first argument."""
+    source, made = meta.tensor(node.args[0]) if node.args else None, meta.tensor(node)
+    return source is not None and made is not None and source.dtype != made.dtype
+
+
+def upcast(value: torch.Tensor) -> torch.Tensor:
+    """A float tensor in fp64; any other as it is."""
+    if value.is_complex():
+        return value.to(torch.complex128)
+    return value.double() if value.dtype in _LOW else value
+
+
+def values(program: Program, inputs: Sequence[torch.Tensor], state: Mapping[str, torch.Tensor], *, double: bool = False,
+           draws: Draws | None = None, noise: int | None = None, scalars: bool = False,
+           derive: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None) -> dict[str, torch.Tensor]:
+    """Everything a step shows, by name: `output 0`, `gradient of w`, `gradient of input x`, `buffer b`.
+
+    The gradients are those of the sum of all float outputs, each times a fixed random tensor. The random state is reset
+    to a fixed seed before and restored after; `inputs` and `state` are not changed.
+
+    Args:
+        double: compute every float in fp64: the reference.
+        draws: random tensors recorded by an earlier run, or to be recorded here.
+        noise: with `double`, put roundings back in random directions, by this seed.
+        scalars: leave out outputs that have dimensions (see `Promise.outputs`).
+        derive: computes some of the state from the rest, differentiably: `state` then has values for what it is computed from too, and
+            gradients are those of that.
+    """
+    draws = draws or Draws()
+    take = upcast if double else (lambda value: value)
+    held = {name: (value.detach() if _stored(program, name) else take(value.detach())).clone().requires_grad_(_learns(program, name, value, derive is not None)) for name, value in state.items()}
+    given = [take(value.detach()).clone().requires_grad_(value.requires_grad) for value in inputs]
+    default = torch.get_default_dtype()
+    generator = None if noise is None else torch.Generator().manual_seed(noise)
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(SEED)
+        torch.set_default_dtype(torch.float64 if double else default)
+        try:
+            state = held if derive is None else {**held, **derive(held)}
+            outputs = _Run(program, state, double, draws, generator).run(*given)
+            if not double:
+                draws.shared = _shared(program, outputs, given, state)
+            outputs = [None if scalars and isinstance(out, torch.Tensor) and out.dim() else out for out in outputs]
+        finally:
+            torch.set_default_dtype(default)
+        return _shown(program, outputs, given, held)
+
+
+def bound_values(program: Program, run: Callable[[list[torch.Tensor]], Sequence[Any]], inputs: Sequence[torch.Tensor], live: Mapping[str, torch.Tensor], *,
+                 scalars: bool = False) -> dict[str, torch.Tensor]:
+    """What `values` shows, of something else that computes the program: `run(inputs)` gives its flat outputs and reads the tensors `live`.
+
+    Buffers and random state are put back.
+    """
+    given = [value.detach().clone().contiguous().requires_grad_(value.requires_grad) for value in inputs]
+    kept = {name: live[name].detach().clone() for name, slot in program.slots.items() if slot.kind == "buffer" and name in live}
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(SEED)
+        try:
+            outputs = [None if scalars and isinstance(out, torch.Tensor) and out.dim() else out for out in run(given)]
+            found = _shown(program, outputs, given, live)
+            return {name: value.clone() for name, value in found.items()}
+        finally:
+            with torch.no_grad():
+                for name, value in kept.items():
+                    live[name].copy_(value)
+
+
+def _shown(program: Program, outputs: Sequence[Any], given: Sequence[torch.Tensor], held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Outputs, gradients and buffers by name, see `values`."""
+    seeds = []
+    for i, out in enumerate(outputs):
+        if isinstance(out, torch.Tensor) and out.requires_grad:
+            seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(SEED + i), dtype=torch.float64) if out.dim() else torch.ones((), dtype=torch.float64)
+            seeds.append((out, seed.to(out.device, out.dtype)))
+    leaves = {f"gradient of {name}": value for name, value in held.items() if value.requires_grad}
+    leaves |= {f"gradient of input {node.name}": value for node, value in zip(program.placeholders, given) if value.requires_grad}
+    grads = torch.autograd.grad([out for out, _ in seeds], list(leaves.values()), [seed for _, seed in seeds], allow_unused=True) if seeds and leaves else ()
+    found = {f"output {i}": out.detach() for i, out in enumerate(outputs) if isinstance(out, torch.Tensor)}
+    found |= {name: grad for name, grad in zip(leaves, grads) if grad is not None}
+    found |= {f"buffer {name}": value.detach() for name, value in held.items() if name in program.slots and program.slots[name].kind == "buffer"}
+    return found
+
+
+def _stored(program: Program, name: str) -> bool:
+    """Whether a tensor is part of a quantized weight: it keeps its dtype, and what it stands for is computed in fp64."""
+    slot = program.slots.get(name)
+    return slot is not None and slot.made is not None and isinstance(slot.made.facts, Stored)
+
+
+def _learns(program: Program, name: str, value: torch.Tensor, derived: bool) -> bool:
+    """Whether a gradient is taken. What other state is derived from is no slot of the program."""
+    return program.trainable(name) if name in program.slots else derived and value.is_floating_point() and name not in program.constants
+
+
+def _shared(program: Program, outputs: Sequence[Any], given: Sequence[torch.Tensor], state: Mapping[str, torch.Tensor]) -> tuple[tuple[str, ...], ...]:
+    """See `Draws.shared`."""
+    known: dict[int, list[str]] = {}
+    for name, value in (*((f"input {node.name}", value) for node, value in zip(program.placeholders, given)), *((f"state {name}", t) for name, t in state.items())):
+        known.setdefault(value.untyped_storage().data_ptr(), []).append(name)
+    found = []
+    for i, out in enumerate(outputs):
+        if isinstance(out, torch.Tensor):
+            same = known.setdefault(out.untyped_storage().data_ptr(), [])
+            found.append(tuple(same) if out.numel() else ())
+            same.append(f"output {i}")
+    return tuple(found)
+
+
+def materialize(program: Program, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` with first values for the slots that passes introduced."""
+    known, memo = dict(state), {}
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(SEED)
+        for name, slot in program.slots.items():
+            if name not in known and slot.made is not None:
+                known[name] = slot.made.value(known.get(slot.made.source) if slot.made.source is not None else None, memo)
+    return known
