@@ -26,6 +26,10 @@ class CaptureError(FxoptError):
     """A module could not be captured as a graph, or the captured graph is not equal to the module."""
 
 
+class Untraceable(CaptureError):
+    """A module's code could not be traced for one kind of call: parts of it may be."""
+
+
 class CallError(FxoptError):
     """A call that no captured program covers and that may not be captured."""
 

@@ -15,8 +15,8 @@ from fxopt.ir import meta
 from fxopt.ir.capture import Call
 from fxopt.ir.program import Program
 from fxopt.passes.pipeline import Pipeline
-from fxopt.runtime import adapted, selfcheck
-from fxopt.runtime.binding import live_state
+from fxopt.runtime import adapted, compression, selfcheck
+from fxopt.runtime.binding import live_state, routing, unrouted
 from fxopt.runtime.recompute import recomputed
 from fxopt.runtime.smaller import smaller
 
@@ -55,7 +55,7 @@ class Checking:
 
     def _original(self, call: Call, tensors: Sequence[torch.Tensor]) -> Any:
         args, kwargs = call.rebuild(tensors)
-        with recomputed():
+        with recomputed(), routing(unrouted):
             return type(self.model).forward(self.model, *args, **kwargs)
 
     def _compare_original(self, raw: Program, call: Call, wanted: frozenset[str]) -> selfcheck.Outcome:
@@ -82,7 +82,7 @@ class Checking:
             with adapted.only(self.model, wanted) if wanted is not None else contextlib.nullcontext():
                 return self._original(call, given)
 
-        return self._compare(original, lambda given: binding([t.contiguous() for t in given]), call, f"the optimized {type(self.model).__name__}", wanted,
+        return self._compare(original, lambda given: compression.exact(binding, [t.contiguous() for t in given]), call, f"the optimized {type(self.model).__name__}", wanted,
                              meta.float_dtypes(program.nodes) - meta.float_dtypes(list(program.history())[-1].nodes))
 
     def _compare(self, original: selfcheck.Run, graph: selfcheck.Run, call: Call, what: str, wanted: frozenset[str] | None = None,

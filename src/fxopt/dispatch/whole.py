@@ -13,15 +13,16 @@ from torch.utils import _pytree as pytree
 
 from fxopt.dispatch.checking import EDGE, Checking
 from fxopt.dispatch.lowered import Entry, Lowered, adapter_of, edges, last_assuming, unbound, without_assumptions, writes_input
-from fxopt.errors import CallError, CaptureError
+from fxopt.errors import CallError, CaptureError, Untraceable
 from fxopt.ir import regions
 from fxopt.ir.capture import Call, capture, guards
-from fxopt.ir.program import Sample
+from fxopt.ir.program import Program, Sample
 from fxopt.passes import pipeline as pipelines
 from fxopt.passes.pipeline import Pipeline
-from fxopt.runtime import adapted, saving, selfcheck
+from fxopt.runtime import adapted, compression, saving, selfcheck
+from fxopt.runtime.binding import Binding, live_state, routing, unrouted
 from fxopt.runtime.install import install
-from fxopt.runtime.binding import Binding, live_state
+from fxopt.runtime.python_random import kept_random
 from fxopt.runtime.region import RegionRunner
 from fxopt.runtime.smaller import on
 from fxopt.runtime.watched import Watched
@@ -59,12 +60,15 @@ class Dispatcher(Checking):
         model = memo.get(id(self.model))
         if model is None:
             raise CallError("a dispatcher cannot be copied without its model", do="copy the Optimized")
-        new = memo[id(self)] = Dispatcher(model, self.passes, check=self.check, verify=self.verify)
-        new.pipelines, new.enabled = dict(self.pipelines), self.enabled
-        new.entries = {key: [dataclasses.replace(e, assuming=unbound(e.assuming), plain=unbound(e.plain)) for e in found]
-                       for key, found in self.entries.items()}
+        new = memo[id(self)] = type(self)(model, self.passes, check=self.check, verify=self.verify)
+        new.pipelines, new.active, new.enabled = dict(self.pipelines), self.active, self.enabled
+        new.entries = self.entries_unbound()
         new.runners, new.notes = dict(self.runners), list(self.notes)
         return new
+
+    def entries_unbound(self) -> dict[Any, list[Entry]]:
+        """The captures, for another model of the same structure."""
+        return {key: [dataclasses.replace(e, assuming=unbound(e.assuming), plain=unbound(e.plain)) for e in found] for key, found in self.entries.items()}
 
     @property
     def passes(self) -> Pipeline:
@@ -90,8 +94,11 @@ class Dispatcher(Checking):
         if not self.enabled:
             return type(self.model).forward(self.model, *args, **kwargs)
         call = Call.of(args, kwargs)
-        lowered = self.find(call)
-        self.last = lowered
+        self.last = self.find(call)
+        return self.run(self.last, call)
+
+    def run(self, lowered: Lowered, call: Call) -> Any:
+        """The return value of a call, computed by a program that covers it."""
         assert lowered.binding is not None
         return pytree.tree_unflatten(lowered.binding(self._inputs(lowered, call)), lowered.program.signature.out_spec)
 
@@ -104,16 +111,39 @@ class Dispatcher(Checking):
 
     def find(self, call: Call) -> Lowered:
         """The program for a call; captured now if there is none yet."""
-        self.example = Call(call.spec, call.leaves, tuple(t.detach() for t in call.tensors))
+        self.refresh()
+        key = self.key(call)
+        lowered = self._covering(call, key)
+        self.watched.hooks(self.note)
+        self.example = Call(call.spec, call.leaves, tuple(t.detach() for t in call.tensors))  # one that was refused is none
+        return lowered
+
+    @property
+    def watched(self) -> Watched:
+        """What the programs take for granted of the model's Python side."""
+        if self._watched is None:
+            self._watched = self._watch()
+        return self._watched
+
+    def _watch(self) -> Watched:
+        return Watched(self.model)
+
+    def refresh(self) -> None:
+        """Forget all programs if a module of the model was replaced."""
         if self._watched is not None and self._watched.stale():
             if self.installed is not None:
                 raise CallError(f"the module {self._watched.stale()} was replaced after adapters were added", where=type(self.model).__name__,
                                 do="put it back, or optimize the changed model afresh (`opt.merge()` gives a plain one)")
             self.note(f"the module {self._watched.stale()} was replaced: the model is captured again")
-            self.entries.clear()
-            self.runners.clear()
-            self._watched = None
-        key = self.key(call)
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop all programs."""
+        self.entries.clear()
+        self.runners.clear()
+        self._watched = None
+
+    def _covering(self, call: Call, key: Any) -> Lowered:
         shapes = tuple(tuple(t.shape) for t in call.tensors)
         reasons = []
         for entry in self.entries.get(key, ()):
@@ -134,13 +164,10 @@ class Dispatcher(Checking):
                                 do="leave it out, or call `opt.model` (the original code, with the same weights) for such calls")
             plain = None if leaf is None else leaf[0]
             constants.append((type(plain), repr(plain) if isinstance(plain, (float, complex)) else plain))  # -0.0 is not 0.0, nan is nan
-        if self._watched is None:
-            self._watched = Watched(self.model)
-        self._watched.hooks(self.note)
         kinds = tuple((t.dtype, t.dim(), t.device, t.requires_grad) for t in call.tensors)
         device = call.tensors[0].device.type if call.tensors else "cpu"
         modes = torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return (call.spec, tuple(constants), kinds, modes, self._watched.attributes(),
+        return (call.spec, tuple(constants), kinds, modes, self.watched.attributes(),
                 tuple((p.requires_grad, p.dtype, p.shape) for p in self.model.parameters()))
 
     def _variant(self, entry: Entry, call: Call, check: Call | None = None) -> Lowered:
@@ -192,10 +219,13 @@ class Dispatcher(Checking):
 
     def _attempt(self, call: Call, exact: bool, share: bool = True) -> Entry:
         """Capture, check, optimize and check again. `exact`: for the call's own sizes of 0 and 1 alone. `share`: trace repeated blocks once."""
-        with adapted.skeleton(self.model):
+        with adapted.skeleton(self.model), routing(unrouted), kept_random() as drawn:
             raw = capture(self.model, call, exact=exact, share=share, note=self.note)
-        if self.installed is not None:
-            raw = raw.replace(facts=raw.facts | {self.installed})
+            if drawn():
+                raise Untraceable(f"{type(self.model).__name__} draws random numbers from Python's or NumPy's generators, which a graph would fix",
+                                  where=self._said(), do="draw them with torch, or outside of the model")
+        raw = raw.replace(facts=raw.facts | self._facts())
+        self._accept(raw)
         entry = Entry(raw, guards(raw))
         shapes = tuple(tuple(t.shape) for t in call.tensors)
         verdict = entry.guards.check(shapes)
@@ -212,6 +242,17 @@ class Dispatcher(Checking):
             return self._attempt(call, exact, share=False)
         return entry
 
+    def _facts(self) -> frozenset[Any]:
+        """What passes must know of the model."""
+        return frozenset() if self.installed is None else frozenset({self.installed})
+
+    def _accept(self, raw: Program) -> None:
+        """Raise if a program as captured may not stand for its module."""
+
+    def _said(self) -> str:
+        """The module's name in messages."""
+        return type(self.model).__name__
+
     def _prove(self, entry: Entry, call: Call, edge: bool) -> None:
         """Make the entry's program for a call, with the checks that are due."""
         fresh, prove = self.installed is None, self.check or edge
@@ -224,6 +265,7 @@ class Dispatcher(Checking):
             against = "its graph" if changed and not edge else "the model"
             kinds = selfcheck.kinds(self.model) if changed and edge else None  # all gradients were compared with the capture's
             usable.checks.append(f"program against {against}: {self._compare_lowered(usable, small, fresh and not edge, kinds)}{on(small, call)}")
+            usable.checks += compression.checked(usable.binding, small.tensors)
             if edge:
                 entry.edges.add(edges(tuple(tuple(t.shape) for t in call.tensors)))
 

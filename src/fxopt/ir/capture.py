@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from fxopt.errors import CaptureError
+from fxopt.errors import CaptureError, Untraceable
 from fxopt.ir import meta, torch_patches
 from fxopt.ir.autocast import Casting, Casts, State
 from fxopt.ir.blocks import Blocks
@@ -121,7 +121,8 @@ def capture(model: nn.Module, call: Call, *, exact: bool = False, share: bool = 
         note: told why blocks were traced one by one after all, in a sentence.
 
     Raises:
-        CaptureError: with the module path and the user's source line at which the export failed.
+        Untraceable: with the module path and the user's source line at which the export failed.
+        CaptureError: a graph came out that cannot be a Program.
     """
     grad = torch.is_grad_enabled()
     places = torch_patches.CallTrace(model)
@@ -141,7 +142,7 @@ def capture(model: nn.Module, call: Call, *, exact: bool = False, share: bool = 
             except Exception:  # noqa: BLE001  the first error is the one to report
                 pass
         path, line = places.where(error)
-        raise CaptureError(f"{type(model).__name__} cannot be captured: {type(error).__name__}: {_first_line(error)}",
+        raise Untraceable(f"{type(model).__name__} cannot be captured: {type(error).__name__}: {_first_line(error)}",
                            where=f"module {path or '<root>'}, {line}" if line else f"module {path or '<root>'}", do=_advice(error)) from error
     finally:
         torch._C._set_grad_enabled(grad)  # a raise inside a no_grad region of an export leaves it off

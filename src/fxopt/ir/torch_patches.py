@@ -8,8 +8,11 @@ gradients, and a non-reentrant one loses its mark. Every patch is undone on exit
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
+import logging
 import os
+import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -124,10 +127,42 @@ def put_aside(attributes: Iterable[tuple[nn.Module, str]]) -> Iterator[set[tuple
             vars(module).setdefault(name, value)  # what was set meanwhile stays
 
 
+def in_backward() -> bool:
+    """Whether this thread is inside a backward: what runs now is a hook, or a checkpointed forward that is run again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what torch.export prints when it fails: the whole graph so far, on stderr, and a log line. The error says what matters.
+
+    Measured on torch 2.13: 40 KB for a model of four small blocks, at each attempt. What user code writes to stderr while it is traced
+    is kept and written out behind.
+    """
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level, said = logger.level, io.StringIO()
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except BaseException as error:
+        text, reason = said.getvalue(), error
+        while reason is not None:
+            if hasattr(reason, "partial_fx_graph"):
+                text = text.replace(f"{reason.partial_fx_graph}\n", "")
+            reason = reason.__cause__ or reason.__context__
+        sys.stderr.write(text)
+        raise
+    else:
+        sys.stderr.write(said.getvalue())
+    finally:
+        logger.setLevel(level)
+
+
 @contextlib.contextmanager
 def for_capture() -> Iterator[None]:
     """All patches that a capture needs."""
-    with keep_autograd_functions(), mark_checkpoints():
+    with keep_autograd_functions(), mark_checkpoints(), quiet():
         yield
 
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit
+from fxopt.ir.part import part_of
 
 aten = torch.ops.aten
 
@@ -231,8 +232,12 @@ def heads(edit: Edit, products: Mapping[str, Collection[fx.Node]]) -> dict[str, 
             candidates of the caller's, such as a head that is trained whole: without them, the product before would look like the last.
     """
     owner = {node: name for name, nodes in products.items() for node in nodes}
-    if len(products) < 2:
+    part = part_of(edit.facts)
+    if part is not None and not part.last:
         return {}
+    if len(products) < 2:
+        alone = part is not None and not part.first
+        return {name: "everything that the model computes goes through it alone" for name in products} if alone else {}
     behind: dict[fx.Node, set[str]] = {}  # of each node, the weights that something behind it is multiplied with (two are enough)
     for node in reversed(edit.nodes):
         found = behind[node] = set()

@@ -15,6 +15,7 @@ from fxopt.errors import PassError
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit, rule_here
 from fxopt.ir.facts import Trained
+from fxopt.ir.part import part_of
 from fxopt.ir.program import Made, Slot
 from fxopt.passes import adapters, linears, promises
 from fxopt.passes.base import Pass, Promise
@@ -114,7 +115,7 @@ class Lora(Pass):
         found: set[str] = set()
         for target in self.modules_to_save:
             hits = {name for name in parameters if edit.slots[name].made is None and any(inside(known, target) for known in _known(edit, name))}
-            if not hits:
+            if not hits and part_of(edit.facts) is None:
                 raise _nothing(target, [(name, "") for name in sorted(parameters)], "modules_to_save names")
             found |= hits
         for name in found:
@@ -153,7 +154,7 @@ class Lora(Pass):
             return self._again(edit, known, sites)
         shared = {name: readers for name, mine in sites.items() if (readers := adapters.others(edit, name, mine))}
         for target in (*self.rank_pattern, *self.alpha_pattern):
-            if not any(_names(edit, name, target) for name in sites):
+            if not any(_names(edit, name, target) for name in sites) and part_of(edit.facts) is None:
                 raise _nothing(target, [(name, "") for name in sites], "a pattern names")
         return self._all_linear(edit, sites, shared, parameters) if self.targets == "all-linear" else self._named(edit, sites, shared)
 
@@ -204,6 +205,8 @@ class Lora(Pass):
         chosen = {}
         for target in self.targets:
             hits = [name for name in sites if _names(edit, name, target)]
+            if not hits and part_of(edit.facts) is not None:
+                continue  # another part has it: `check_targets` has seen that the model does
             if not hits:
                 raise _nothing(target, [(name, _reader(edit, name)) for name, slot in edit.slots.items() if slot.kind == "parameter"], "the target", set(sites))
             for name in hits:
@@ -237,6 +240,21 @@ def _known(edit: Edit, name: str) -> tuple[str, ...]:
 
 def _names(edit: Edit, name: str, target: str) -> bool:
     return any(matches(known, target) for known in _known(edit, name))
+
+
+def check_targets(lora: Lora, names: Sequence[str], what: str) -> None:
+    """Raise unless everything that a pass names is among these parameters: asked of a whole model that is captured in parts.
+
+    Args:
+        what: how the message calls them.
+    """
+    targets = () if isinstance(lora.targets, str) else lora.targets
+    for target in (*targets, *lora.rank_pattern, *lora.alpha_pattern):
+        if not any(matches(name, target) for name in names):
+            raise _nothing(target, [(name, "") for name in names], f"{what}: the target")
+    for target in lora.modules_to_save:
+        if not any(inside(name, target) for name in names):
+            raise _nothing(target, [(name, "") for name in names], f"{what}: modules_to_save names")
 
 
 def matches(name: str, target: str) -> bool:

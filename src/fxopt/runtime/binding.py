@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ import torch.fx as fx
 import torch.nn as nn
 
 from fxopt.errors import LowerError
-from fxopt.ir import meta
+from fxopt.ir import meta, torch_patches
 from fxopt.ir.capture import guards
+from fxopt.ir.part import part_of
 from fxopt.ir.partition import Policy
 from fxopt.ir.program import Program
 from fxopt.ir.regions import Region, Schedule, is_ref
@@ -24,24 +26,71 @@ from fxopt.runtime.saving import Saving
 _pending = threading.local()
 
 
+Route = Callable[[nn.Module], Callable[..., Any] | None]
+"""What runs in place of a module's own code, or None: its code."""
+
+
+def unrouted(module: nn.Module) -> None:
+    """The route on which every module runs its own code."""
+
+
+@contextlib.contextmanager
+def routing(route: Route) -> Iterator[None]:
+    """Inside, on this thread, modules with a `BlockForward` run what the route says."""
+    before = getattr(_pending, "route", None), getattr(_pending, "run", None)
+    _pending.route, _pending.run = route, None
+    try:
+        yield
+    finally:
+        _pending.route, _pending.run = before
+
+
 class BlockForward:
-    """`forward` of a block: the region that the running program announces, or the module's own code."""
+    """`forward` of a module: the region that the running program announces, what the present route says, or the module's own code.
+
+    A checkpointed forward that is run again in the backward takes the route that it took before: it must save as many tensors.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
+        self.latest: Route | None = None
         self.__signature__ = inspect.signature(type(block).forward.__get__(block))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"latest": None}  # it leads to the programs of this model, not of the copy
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = getattr(_pending, "run", None)
         if run is not None and run[0] is self.block:
             _pending.run = None
             return run[1](args)
+        route = getattr(_pending, "route", None)
+        if not torch_patches.in_backward():
+            self.latest = route
+        elif route is None:
+            route = self.latest
+        instead = route(self.block) if route is not None else None
+        if instead is not None:
+            return instead(*args, **kwargs)
         return type(self.block).forward(self.block, *args, **kwargs)
 
 
 def is_bound(module: nn.Module) -> bool:
     """Whether a module's forward may be a region."""
     return isinstance(module.__dict__.get("forward"), BlockForward)
+
+
+def bind(module: nn.Module, path: str) -> None:
+    """Let a module's forward be a region or a program.
+
+    Raises:
+        LowerError: something else took its place already.
+    """
+    if is_bound(module):
+        return
+    if "forward" in module.__dict__:
+        raise LowerError("the module's forward was replaced on the instance", where=path, do="replace it before optimizing, on the class")
+    module.__dict__["forward"] = BlockForward(module)
 
 
 def unbind(model: nn.Module) -> None:
@@ -89,7 +138,7 @@ class Binding:
         self.model, self.program, self.schedule, self.saving = model, program, schedule, saving
         self.inputs = [node.name for node in program.placeholders]
         self.steps: list[tuple[Region, RegionRunner, nn.Module | None, list[Any]]] = []
-        loss = any(self._scalar_float(o) for o in program.outputs)
+        loss = part_of(program.facts) is None and any(self._scalar_float(o) for o in program.outputs)
         later = self._readers(schedule)
         for region in schedule.regions:
             quiet = []
@@ -100,10 +149,8 @@ class Binding:
             if runner is None:
                 runner = runners[key] = RegionRunner(region, program.fake_mode, quiet)
             block = model.get_submodule(region.path) if region.path is not None else None
-            if block is not None and not is_bound(block):
-                if "forward" in block.__dict__:
-                    raise LowerError("the module's forward was replaced on the instance", where=region.path, do="replace it before optimizing, on the class")
-                block.__dict__["forward"] = BlockForward(block)
+            if block is not None:
+                bind(block, str(region.path))
             self.steps.append((region, runner, block, [self._cell(name) for name in region.state]))
         self.guards = guards(program)
         self.lazy = {name: self._lazy(name, nodes) for name, nodes in schedule.lazy.items()}

@@ -13,9 +13,10 @@ from fxopt.ir import regions
 class Watched:
     """What of a model's Python side a captured program depends on: submodules, plain attributes, hooks."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, called: str = "") -> None:
+        """`called`: path of the module whose call runs the program, hooks included; "" for the model itself."""
         modules = list(model.named_modules())
-        blocks = {"", *regions.repeated_blocks(model)}
+        blocks = {"", called, *regions.repeated_blocks(model)}
         self.children = [(m._modules, name, child, f"{path}.{name}".strip(".")) for path, m in modules for name, child in m._modules.items()]
         self.plain = [(m.__dict__, name) for _, m in modules for name, value in m.__dict__.items()
                       if name == "training" or (not name.startswith("_") and isinstance(value, (bool, int, float, str)))]

@@ -1,0 +1,54 @@
+"""Why a module's call is not a program, in words a reader can act on."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from fxopt.errors import FxoptError
+
+_VALUES = "its code goes on by the values of a tensor, which a graph cannot hold"
+_CURES = (
+    (re.compile(r"^\s*for\b|nonzero|unique\("), "compute all of it at once, with grouped or batched products and masks (transformers' experts: "
+     "`model.set_experts_implementation(\"grouped_mm\")`)"),
+    (re.compile(r"\bprint\(|\blogg?(er|ing)?\."), "say it outside of the model, or in a hook of a module that runs as Python"),
+    (re.compile(r"\braise\b|\bassert\b|max\(\)\s*[<>]|min\(\)\s*[<>]|isnan|isinf|isfinite"), "check values before the call, outside of the model"),
+    (re.compile(r"\bif\b|\bwhile\b|\belse\b|\.any\(|\.all\("), "write the choice with torch.where or torch.cond, or pass the condition as an argument"),
+    (re.compile(r"\.item\(|\.tolist\(|\bint\(|\bfloat\("), "keep the number a tensor, or pass it as an argument"),
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One kind of call that is not a program.
+
+    Attributes:
+        reason: what stands against it, in a sentence.
+        module: path of the module that forced it, "" for the model itself.
+        line: `file.py:line: code` of the user, "" if unknown.
+        do: what to change.
+    """
+
+    reason: str
+    module: str
+    line: str
+    do: str
+
+    @classmethod
+    def of(cls, error: BaseException, path: str) -> Failure:
+        """Read an error of the capture of the module at `path`."""
+        if not isinstance(error, FxoptError):
+            return cls(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}", path, "", "")
+        place, _, line = (error.where or "").partition(", ")
+        module = place.removeprefix("module ") if place.startswith("module ") else path
+        values = "data-dependent" in error.what.lower() or "DataDependent" in error.what
+        cure = next((cure for pattern, cure in _CURES if pattern.search(line.split(": ", 1)[-1])), None) if values else None
+        return cls(_VALUES if values else error.what, path if module == "<root>" else module, line, cure or error.do or "")
+
+    def within(self, old: str, new: str) -> Failure:
+        """The same in a module that is like the one at `old`."""
+        return Failure(self.reason, f"{new}{self.module[len(old):]}" if self.module.startswith(old) else self.module, self.line, self.do)
+
+    def __str__(self) -> str:
+        line = f" ({self.line})" if self.line else ""
+        return f"{self.module or 'the model itself'}{line}: {self.reason}{f': {self.do}' if self.do else ''}"

@@ -1,0 +1,56 @@
+"""How much each module of a model multiplies, in one call of the original code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass
+class Share:
+    """FLOPs of products (matrices, convolutions, attention, as torch counts them): inside a module's calls, and in the model's call
+    before the first and behind the last of them. Units: FLOPs, one multiplication and one addition are two."""
+
+    inside: int = 0
+    before: int = 0
+    behind: int = 0
+
+
+def flops(model: nn.Module, run: Callable[[], Any]) -> tuple[dict[nn.Module, Share], int]:
+    """The share of every module that `run` calls, and the total. Runs once, without gradients."""
+    counter = FlopCounterMode(display=False)
+    found: dict[nn.Module, Share] = {}
+    begun: list[tuple[nn.Module, int]] = []
+    handles = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        begun.append((module, counter.get_total_flops()))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        now = counter.get_total_flops()
+        while begun:
+            who, then = begun.pop()
+            if who is module:
+                share = found.setdefault(module, Share(before=then))
+                if not any(other is module for other, _ in begun):
+                    share.inside += now - then
+                share.behind = now
+                break
+
+    for module in model.modules():
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        with torch.no_grad(), counter:
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    total = counter.get_total_flops()
+    for share in found.values():
+        share.behind = total - share.behind
+    return found, total
