@@ -29,7 +29,7 @@ class Adapting:
     dispatcher: Dispatcher
     passes: Pipeline
 
-    def prepare(self, inputs: tuple[Any, ...] | Mapping[str, Any]) -> Program:
+    def prepare(self, inputs: tuple[Any, ...] | Mapping[str, Any]) -> Program | None:
         """See `Optimized.prepare`."""
         raise NotImplementedError
 
@@ -137,9 +137,12 @@ class Adapting:
         self._merge_report = merge.report
         if certify:
             last = self.dispatcher.example
-            if inputs is None and (last is None or self.dispatcher.last is None):
+            if inputs is None and last is None:
                 raise FxoptError("the model was not called yet, so there is no example to certify the merge on", do="give `inputs`")
-            call, what = (call_of(inputs), "given") if inputs is not None else drawn(list(self.program.history())[-1], last)
+            if inputs is not None:
+                call, what = call_of(inputs), "given"
+            else:  # in parts, no graph says which input are token ids
+                call, what = (last, "the last call") if self.dispatcher.partial else drawn(list(self.program.history())[-1], last)
             self._merge_report = merge.certify(call, what, self if name == self.active_adapter else None)
             self.dispatcher.example = last
         return merge.module

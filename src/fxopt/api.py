@@ -13,8 +13,8 @@ import torch.nn as nn
 
 from fxopt.adapting import Adapting, call_of
 from fxopt.certified import certified
-from fxopt.dispatch import Dispatcher
-from fxopt.errors import FxoptError
+from fxopt.dispatch import Dispatcher, Part, account, parts_report
+from fxopt.errors import CallError, FxoptError
 from fxopt.explain import Explanation, explain
 from fxopt.ir import text
 from fxopt.ir.capture import Call
@@ -94,10 +94,10 @@ class Optimized(Adapting, nn.Module):
         """The pipeline that every captured call goes through."""
         return self.dispatcher.passes
 
-    def prepare(self, inputs: tuple[Any, ...] | Mapping[str, Any]) -> Program:
-        """Capture and optimize one kind of call, without running a step of it for real. Returns its program."""
-        self.dispatcher.last = self.dispatcher.find(call_of(inputs))
-        return self.dispatcher.last.program
+    def prepare(self, inputs: tuple[Any, ...] | Mapping[str, Any]) -> Program | None:
+        """Capture and optimize one kind of call, without running a step of it for real. Returns its program; None if it runs in parts."""
+        self.dispatcher.prepare(call_of(inputs))
+        return self.dispatcher.last.program if self.dispatcher.last is not None else None
 
     # -- the original's ways -------------------------------------------------------------------------------------------
 
@@ -158,19 +158,36 @@ class Optimized(Adapting, nn.Module):
 
     @property
     def program(self) -> Program:
-        """The program of the latest call."""
+        """The program of the latest call.
+
+        Raises:
+            FxoptError: there was none, or it ran in parts.
+        """
         if self.dispatcher.last is None:
-            raise FxoptError("nothing was captured yet", do="call the model once, or pass `inputs` to optimize")
+            raise FxoptError("the latest call runs in parts, each with a program of its own" if self.dispatcher.partial else "nothing was captured yet",
+                             do="see `opt.parts` and `opt.report`" if self.dispatcher.partial else "call the model once, or pass `inputs` to optimize")
         return self.dispatcher.last.program
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """If the latest call ran in parts: which modules run as programs, and which stay Python and why. Else empty."""
+        return account(self.dispatcher.parts) if self.dispatcher.partial else ()
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """The program of the latest call, or those of all parts."""
+        if not self.dispatcher.partial:
+            return (self.program,)
+        return tuple(program for part in self.parts for program in part.programs)
 
     @property
     def report(self) -> str:
         """What each pass did to the latest program, what it did not do and why, and what the checks found."""
         lowered = self.dispatcher.last
-        if lowered is None:
+        if lowered is None and not self.dispatcher.partial:
             return "nothing was captured yet"
-        lines = [text.report(self.program)]
-        lines += [f"check: {line}" for line in lowered.checks]
+        lines = [text.report(self.program) if lowered is not None else parts_report(self.dispatcher.parts)]
+        lines += [f"check: {line}" for line in lowered.checks] if lowered is not None else []
         lines += [f"note: {line}" for line in self.dispatcher.notes]
         return "\n".join(lines)
 
@@ -210,12 +227,15 @@ class Optimized(Adapting, nn.Module):
         are repeated.
 
         Raises:
-            CallError: the captured graph fixes such a size.
+            CallError: the captured graph fixes such a size, or the call runs in parts.
         """
         if inputs is None and self.dispatcher.example is None:
             raise FxoptError("the model was not called yet", do="give `inputs`")
         call = self.dispatcher.example if inputs is None else inputs if isinstance(inputs, Call) else call_of(inputs)
-        self.dispatcher.last = self.dispatcher.find(call)
+        self.dispatcher.prepare(call)
+        if self.dispatcher.last is None:
+            raise CallError("this call runs in parts, and what is asked needs its whole step in one graph", where=type(self.model).__name__,
+                            do="`print(opt.report)` says what stands against the whole, and what to change")
         return dataclasses.replace(call, tensors=tuple(resized(call.tensors, self.dispatcher.last.binding.guards.shapes, batch, length)))
 
     def plan(self, inputs: tuple[Any, ...] | Mapping[str, Any] | None = None, *, batch: int | None = None, length: int | None = None,

@@ -118,6 +118,9 @@ def report(parts: Parts) -> str:
     shown: dict[str, list[tuple[str, str, list[str]]]] = {}
     for candidate, lowered in parts.programs():
         shown.setdefault(_NUMBER.sub("*", candidate.path), []).append((candidate.path, text.report(lowered.program), lowered.checks))
+    quiet = [name for name, group in shown.items() if not any("rewrites" in line and ", 0 rewrites" not in line for line in group[0][1].splitlines())]
+    if quiet:
+        lines.append(f"no pass changed anything in: {', '.join(_group([path for path, *_ in shown.pop(name)]) for name in quiet)}")
     for group in list(shown.values())[:_SHOWN]:
         lines += [f"part {_group(list(dict.fromkeys(path for path, *_ in group)))}:", group[0][1].rstrip(), *(f"check: {check}" for check in group[0][2])]
     if len(shown) > _SHOWN:

@@ -96,6 +96,8 @@ class Counter:
         if not self.graph:
             return Underivable("the loss is a function of its own, outside of the graph")
         program = self.model.prepare(batch)  # type: ignore[operator]
+        if program is None:
+            return Underivable("the model runs in parts, and no graph holds its loss")
         if id(program) not in self.known:
             facts = [fact for fact in program.facts if isinstance(fact, Denominator)]
             self.known[id(program)] = program, facts[0] if facts else derive(program)
