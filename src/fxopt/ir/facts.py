@@ -95,10 +95,12 @@ class Budget:
     Attributes:
         bytes: weights, gradients, optimizer, activations and scratch together; None: as little as can be.
         optimizer: whose state counts, a name that the runtime knows.
+        compress: saved values may be kept in 8 bits where no exact way is as good.
     """
 
     bytes: int | None
     optimizer: str = "adamw"
+    compress: bool = False
 
 
 @dataclass(frozen=True)

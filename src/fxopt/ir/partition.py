@@ -41,6 +41,8 @@ class Split:
         mutated: indices of the primals with a new value.
         recomputed: names of the nodes that the backward computes again.
         tiled: names of the nodes of the backward that run for some rows at a time.
+        compressed: names of the values of the forward that are saved as codes and scales (ir/compress.py).
+        n_inputs: how many of the primals are the region's inputs; the rest is its state.
     """
 
     forward: fx.GraphModule
@@ -53,6 +55,8 @@ class Split:
     mutated: tuple[int, ...]
     recomputed: tuple[str, ...] = ()
     tiled: tuple[str, ...] = ()
+    compressed: tuple[str, ...] = ()
+    n_inputs: int = 0
 
 
 Policy = Callable[[Joint, "Classes"], list[fx.Node]]
@@ -114,14 +118,14 @@ def split(joint: Joint, policy: Policy) -> Split:
     names = {n.name for n in backward.nodes}
     twice = [n for n in (*classes.forward, *shortcuts) if n.op == "call_function" and n.name in names and n not in saved]
     recomputed = tuple(n.name for n in twice)
-    delay(backward, set(recomputed))
+    delay(backward, {n.name for n in joint.graph.nodes if n.op == "call_function" and n not in classes.backward} | set(recomputed))
     allowed = getattr(policy, "allowed", frozenset())
     again = [n.name for n in twice if random(n) or (heavy(n) and n.name not in allowed and not checkpointed(n, classes))]
     if again:
         raise LowerError(f"the backward would run {again[0]} a second time", do="this is a defect of the partitioner: report it")
     return Split(_module(joint, forward), _module(joint, backward), len(outputs), tuple(n.name for n in saved),
                  sum(value_bytes(n) for n in saved if n.op != "placeholder"), wanted, tuple(i for i, _ in joint.tangents),
-                 tuple(i for i, _ in joint.mutated), recomputed)
+                 tuple(i for i, _ in joint.mutated), recomputed, n_inputs=joint.n_inputs)
 
 
 def _module(joint: Joint, graph: fx.Graph) -> fx.GraphModule:

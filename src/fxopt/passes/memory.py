@@ -20,14 +20,20 @@ class Memory(Pass):
     without. Random operations are never repeated: what they drew is kept. A call that cannot be held is refused, with
     the smallest budget that could.
 
+    With `compress`, saved values may also be kept in 8 bits (`ir/compress.py`: which, and how far they are off): where the budget cannot be kept
+    otherwise, or where that is faster than computing products again. Losses and outputs stay exact, gradients do not.
+
     Args:
         budget: bytes of weights, gradients, optimizer state, activations and scratch together, such as 6GiB; or "least", which
             takes as little as can be, whatever the time.
         optimizer: whose state is counted: "adamw", "adamw_8bit", "momentum", "sgd" or "none" (the state is elsewhere).
+        compress: allow saved values of 8 bits. The check of a capture compares all gradients with the exact ones, says the largest difference,
+            and refuses more than `kernels.tolerance.COMPRESSED`.
     """
 
     budget: int | Literal["least"]
     optimizer: Literal["adamw", "adamw_8bit", "momentum", "sgd", "none"] = "adamw"
+    compress: bool = False
 
     name: ClassVar[str] = "memory"
     establishes: ClassVar[frozenset[str]] = frozenset({"remat"})
@@ -40,5 +46,7 @@ class Memory(Pass):
     def run(self, edit: Edit) -> None:
         """Leaves the graph alone: the fact decides how regions are partitioned."""
         edit.facts -= {fact for fact in edit.facts if isinstance(fact, Budget)}
-        edit.facts.add(Budget(None if self.budget == "least" else self.budget, self.optimizer))
+        edit.facts.add(Budget(None if self.budget == "least" else self.budget, self.optimizer, self.compress))
         edit.note("what each region saves is planned for the sizes of each call: see `plan()`")
+        if self.compress:
+            edit.note("values may be saved in 8 bits: gradients are then approximate; `plan()` names the regions, the check says by how much")

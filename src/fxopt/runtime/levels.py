@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from fxopt.ir.compress import Compressed
 from fxopt.ir.joint import Joint
 from fxopt.ir.partition import MinCut, Policy, Split, classify, heavy, min_cut, save_all, value_bytes
 from fxopt.ir.tiling import Tiling
@@ -77,7 +78,7 @@ class Levels:
         return self.seen[key]
 
     def all(self, size: Callable[[Any], int], sizes: Any) -> list[Level]:
-        """Every level."""
+        """Every level that is exact."""
         if self._policies is None:
             joint, _ = self.runner.joint(self.requires_grad, self.autocast)
             forward = self.level(min_cut, size, sizes).forward
@@ -85,6 +86,13 @@ class Levels:
             tiled = [Tiling(cuts[-1], dim) for dim in (0, 1)]
             self._policies = [save_all, *cuts, *(p for p in tiled if self.runner.compile(self.requires_grad, self.autocast, p).split.tiled)]
         return [self.level(policy, size, sizes) for policy in self._policies]
+
+    def compressed(self, size: Callable[[Any], int], sizes: Any) -> list[Level]:
+        """Further levels, in which saved values are kept in 8 bits: of the cut that runs nothing heavy again, with and without the region's
+        inputs, and of the one half way. (At the end of the chain only inputs are left, from which attention runs again.)"""
+        cuts = [level.policy for level in self.all(size, sizes) if isinstance(level.policy, MinCut)]
+        chosen = dict.fromkeys((Compressed(cuts[0]), Compressed(cuts[0], inputs=False), Compressed(cuts[len(cuts) // 2])))
+        return [self.level(policy, size, sizes) for policy in chosen if self.runner.compile(self.requires_grad, self.autocast, policy).split.compressed]
 
 
 def chain(joint: Joint, seconds: Mapping[str, float]) -> list[MinCut]:

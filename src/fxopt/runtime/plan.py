@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,9 @@ class Plan:
         for names, paths in again.items():
             if names:
                 lines.append(f"  computed again in {len(paths)} of {len(self.paths)} regions ({paths[0]}, ...): {', '.join(names)}")
+        small = [path or "between the blocks" for path, level in zip(self.paths, self.levels) if level.split.compressed]
+        if small:
+            lines.append(f"  kept in 8 bits in {len(small)} of {len(self.paths)} regions ({small[0]}, ...): gradients are approximate")
         return "\n".join(lines)
 
 
@@ -111,8 +115,8 @@ class Planner:
         chosen, peak = fastest, self._timeline(fastest, resident).peak
         limit = self.budget.bytes if self.budget is not None else None
         if self.budget is not None and (limit is None or peak.total > limit):
-            chosen, peak = self._within(limit, [way.all(number, sizes) for way in ways], resident)
-        return Plan(peak, sum(level.seconds for level in chosen), tuple(chosen), tuple(region.path for region, *_ in self.binding.steps), limit)
+            chosen, peak = self._chosen(limit, [way.all(number, sizes) for way in ways], lambda: [way.compressed(number, sizes) for way in ways], resident)
+        return Plan(peak, _seconds(chosen), tuple(chosen), tuple(region.path for region, *_ in self.binding.steps), limit)
 
     def _ways(self, requires_grad: Sequence[bool], autocast: torch.dtype | None) -> list[Levels]:
         """For each step its levels, under the requires_grad flags that its arguments will have."""
@@ -140,6 +144,20 @@ class Planner:
         stages = [Stage(region.path, region.inputs, region.state, region.outputs, level.split, level.forward, level.backward, tuple(dead), bool(runner.quiet))
                   for (region, runner, *_), dead, level in zip(self.binding.steps, self.binding.dead_after, chosen)]
         return Timeline(stages, resident)
+
+    def _chosen(self, limit: int | None, exact: list[list[Level]], compressed: Callable[[], list[list[Level]]], resident: Resident) -> tuple[list[Level], Peak]:
+        """The fastest exact choice; one with values in 8 bits where that is allowed, and no exact one fits or only with products computed again,
+        which take longer."""
+        if self.budget is None or not self.budget.compress:
+            return self._within(limit, exact, resident)
+        found = None
+        if limit is not None:
+            with contextlib.suppress(CallError):
+                found = self._within(limit, exact, resident)
+            if found is not None and not any(level.again for level in found[0]):
+                return found
+        other = self._within(limit, [[*a, *b] for a, b in zip(exact, compressed())], resident)
+        return other if found is None or _seconds(other[0]) < _seconds(found[0]) else found
 
     def _within(self, limit: int | None, ways: list[list[Level]], resident: Resident) -> tuple[list[Level], Peak]:
         """The fastest choice whose timeline stays within the limit; without one, the choice that needs least."""
@@ -169,13 +187,17 @@ class Planner:
             found = take(middle)
             if found[1].total <= limit:
                 low = middle
-                if sum(level.seconds for level in found[0]) <= sum(level.seconds for level in best[0]):
+                if _seconds(found[0]) <= _seconds(best[0]):
                     best = found
             else:
                 high = middle
             if high - low <= limit // 512:
                 break
         return best
+
+
+def _seconds(chosen: Sequence[Level]) -> float:
+    return sum(level.seconds for level in chosen)
 
 
 def weights_bytes(model: nn.Module) -> int:

@@ -12,6 +12,7 @@ import torch.fx as fx
 
 from fxopt.errors import LowerError
 from fxopt.ir import joint as joints
+from fxopt.ir.compress import Compressed
 from fxopt.ir.edit import effectful
 from fxopt.ir.partition import Policy, Split, split
 from fxopt.ir.regions import Region, differentiable_outputs, influences
@@ -73,7 +74,7 @@ class RegionRunner:
         if found is None:
             traced, differentiable = self.joint(requires_grad, autocast)
             plan = split(traced, policy)
-            if isinstance(policy, Tiling):
+            if isinstance(policy, (Tiling, Compressed)):
                 plan = policy.apply(plan, _OPERANDS)
             for graph in (plan.forward, plan.backward):
                 if graph is not None:

@@ -217,6 +217,30 @@ def compare(model: nn.Module, expected: Step, found: Step, what: str, rounding: 
     return Outcome(worst, place, len(expected.gradients), sum(1 for p in model.parameters() if p.requires_grad))
 
 
+def compare_gradients(expected: Step, found: Step, allowed: float) -> Outcome:
+    """The largest difference that an approximation of the backward makes to a gradient; outputs may not differ.
+
+    Args:
+        allowed: relative, in the Frobenius norm of each gradient; one far below the largest is measured against that.
+
+    Raises:
+        CaptureError: a gradient differs by more, is missing, or is not finite where the exact one is; or an output differs.
+    """
+    for index, (a, b) in enumerate(zip(expected.outputs, found.outputs, strict=True)):
+        if isinstance(a, torch.Tensor) and not torch.equal(a, b) and not torch.equal(a.isnan(), b.isnan()):
+            raise CaptureError(f"values kept in 8 bits change output {index}", do="this is a defect: report it, and leave `compress` out")
+    floor = SELF_CHECK_FLOOR * max([_length(g) for g in expected.gradients.values() if g is not None] or [0.0])
+    worst, place = 0.0, "nothing"
+    for name, grad in expected.gradients.items():
+        error = _relative(grad, found.gradients.get(name), floor)
+        if not error <= allowed:
+            raise CaptureError(f"with values kept in 8 bits the gradient of {name} differs by {error:.1e} (relative); allowed are {allowed:.1e}",
+                               do="leave `compress` out: memory(...) is exact without it")
+        if error > worst:
+            worst, place = error, f"the gradient of {name}"
+    return Outcome(worst, place, len(expected.gradients), len(found.gradients))
+
+
 def _tensors(values: Sequence[Any]) -> list[torch.Tensor]:
     return [v for v in values if isinstance(v, torch.Tensor)]
 
