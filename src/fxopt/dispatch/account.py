@@ -112,13 +112,18 @@ def summary(parts: Parts) -> str:
     return "\n".join(lines)
 
 
+def _changed(said: str) -> bool:
+    """Whether a pass's report tells of a rewrite."""
+    return any(" rewrites, " in line and ", 0 rewrites, " not in line for line in said.splitlines())
+
+
 def report(parts: Parts) -> str:
     """The summary, and what passes did in each part; parts that are alike are shown once."""
     lines = [summary(parts)]
     shown: dict[str, list[tuple[str, str, list[str]]]] = {}
     for candidate, lowered in parts.programs():
         shown.setdefault(_NUMBER.sub("*", candidate.path), []).append((candidate.path, text.report(lowered.program), lowered.checks))
-    quiet = [name for name, group in shown.items() if not any("rewrites" in line and ", 0 rewrites" not in line for line in group[0][1].splitlines())]
+    quiet = [name for name, group in shown.items() if not _changed(group[0][1])]
     if quiet:
         lines.append(f"no pass changed anything in: {', '.join(_group([path for path, *_ in shown.pop(name)]) for name in quiet)}")
     for group in list(shown.values())[:_SHOWN]:

@@ -18,14 +18,14 @@ import torch.nn as nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from fxopt.dispatch.failure import Failure
+from fxopt.dispatch.likeness import Group
 from fxopt.dispatch.lowered import Lowered, writes_input
 from fxopt.dispatch.whole import Dispatcher
 from fxopt.errors import CallError, CaptureError, LowerError, Untraceable
-from fxopt.ir.capture import Call, canonical_names
+from fxopt.ir.capture import Call, canonical_names, guards
 from fxopt.ir.facts import Installed
 from fxopt.ir.part import PartOf
 from fxopt.ir.program import Program
-from fxopt.ir.twins import Twins, Unlike
 from fxopt.passes.pipeline import Pipeline
 from fxopt.runtime.binding import bind, routing, unrouted
 from fxopt.runtime.flops import Share
@@ -52,8 +52,8 @@ class WholeDispatcher(Dispatcher):
 class PartDispatcher(Dispatcher):
     """The programs of one part. Names are those of the root; pipelines, the active adapter and compiled regions are the root's."""
 
-    def __init__(self, root: WholeDispatcher, path: str, share: Share | None) -> None:
-        self.root = root
+    def __init__(self, root: WholeDispatcher, path: str, share: Share | None, group: Group) -> None:
+        self.root, self.group, self.copied = root, group, False
         super().__init__(Shell.of(root.model, path), root.passes, check=root.check, verify=root.verify)
         self.path, self.runners = path, root.runners
         self.fact = PartOf(path, last=share is not None and not share.behind, first=share is not None and not share.before)
@@ -78,6 +78,24 @@ class PartDispatcher(Dispatcher):
     def note(self, text: str) -> None:
         """Keep a sentence for the report, with the part's name."""
         self.root.note(f"{self.path}: {text}")
+
+    def _raw(self, call: Call, exact: bool, share: bool) -> Program:
+        """As captured, or moved here from a part that is alike."""
+        kind, shapes = call_kind(self, call), tuple(tuple(t.shape) for t in call.tensors)
+        covering = (p for p in self.group.program(self.path, kind) if guards(p).check(shapes) in ("ok", "edge"))
+        found = next(covering, None) if share and not exact else None
+        self.copied = found is not None
+        if found is not None:
+            return found
+        part = self.model.get_submodule(self.path)
+        with self.group.seen(part) as (watched, read):
+            raw = super()._raw(call, exact, share)
+        if not exact:
+            self.group.give(self.path, part, kind, raw, watched, read)
+        return raw
+
+    def _shared(self) -> bool:
+        return self.copied or super()._shared()
 
     def _watch(self) -> Watched:
         return Watched(self.model, self.path)
@@ -164,6 +182,7 @@ class Parts:
         self.owned = {path: frozenset(first[f"{path}.{name}".lstrip(".")] for name, _ in module.named_parameters(remove_duplicate=False))
                       for module, path in self.names.items()}
         self.candidates: dict[nn.Module, Candidate] = {}
+        self.groups: list[Group] = []
         self.checks: list[str] = []
         self.finding = False  # while parts are looked for, calls with empty tensors wait
         self.offer(root.model)
@@ -185,7 +204,15 @@ class Parts:
                 self.root.note(f"{path} runs as Python code: {error.what}")
                 self.offer(child)
                 continue
-            self.candidates[child] = Candidate(path, child, PartDispatcher(self.root, path, self.shares.get(path)))
+            self.candidates[child] = Candidate(path, child, PartDispatcher(self.root, path, self.shares.get(path), self._group(path, child)))
+
+    def _group(self, path: str, module: nn.Module) -> Group:
+        """The parts that are like this one."""
+        found = next((group for group in self.groups if group.admits(path, module)), None)
+        if found is None:
+            self.groups.append(found := Group(module))
+            found.admits(path, module)
+        return found
 
     def route(self, module: nn.Module) -> Callable[..., Any] | None:
         """What runs in place of a module's code."""
@@ -233,9 +260,9 @@ class Parts:
     def _like_a_twin(self, candidate: Candidate, call: Call) -> None:
         """Raise what the capture of an equal module raised for such a call: it is not tried again."""
         for other in self.candidates.values():
-            if other is not candidate and other.failures and not other.captured and _alike(other.module, candidate.module):
-                kind = _kind(candidate.dispatcher, call)
-                found = next((failure for known, failure in other.failures.items() if known[:_CALL] == kind[:_CALL]), None)
+            if other is not candidate and other.failures and not other.captured and _alike(other, candidate):
+                kind = call_kind(candidate.dispatcher, call)
+                found = next((failure for known, failure in other.failures.items() if known[:_CALL] == kind), None)
                 if found is not None:
                     raise _Alike(found.within(other.path, candidate.path))
 
@@ -244,7 +271,7 @@ class Parts:
         while True:
             waiting = [c for c in self.candidates.values() if not c.called]
             for candidate in waiting:
-                twin = next((c for c in self.candidates.values() if c.called and _alike(c.module, candidate.module)), None)
+                twin = next((c for c in self.candidates.values() if c.called and _alike(c, candidate)), None)
                 if twin is None:
                     continue
                 candidate.called = True
@@ -276,11 +303,13 @@ class Parts:
         """The same parts on a copy of the model."""
         new = Parts(root, self.why, self.shares, self.total)
         new.candidates.clear()
+        groups: dict[Group, Group] = {}
         new.checks, new.sizes, new.owned = list(self.checks), self.sizes, self.owned
         for module, candidate in self.candidates.items():
             other = memo[id(module)]
             bind(other, candidate.path)
-            dispatcher = PartDispatcher(root, candidate.path, self.shares.get(candidate.path))
+            dispatcher = PartDispatcher(root, candidate.path, self.shares.get(candidate.path), groups.setdefault(candidate.dispatcher.group, Group(other)))
+            dispatcher.group.differing[candidate.path] = candidate.dispatcher.group.differing[candidate.path]
             dispatcher.entries = candidate.dispatcher.entries_unbound()
             dispatcher.example = candidate.dispatcher.example
             new.candidates[other] = Candidate(candidate.path, other, dispatcher, dict(candidate.failures), candidate.unkeyed, candidate.called)
@@ -295,14 +324,13 @@ def _kind(dispatcher: Dispatcher, call: Call) -> Any:
     return dispatcher.key(call)[:-1]
 
 
-def _alike(a: nn.Module, b: nn.Module) -> bool:
-    if type(a) is not type(b):
-        return False
-    try:
-        Twins(a, b)
-    except Unlike:
-        return False
-    return True
+def call_kind(dispatcher: Dispatcher, call: Call) -> Any:
+    """The kind of a call, whatever module it is of."""
+    return dispatcher.key(call)[:_CALL]
+
+
+def _alike(a: Candidate, b: Candidate) -> bool:
+    return a.dispatcher.group is b.dispatcher.group
 
 
 @contextlib.contextmanager

@@ -220,7 +220,7 @@ class Dispatcher(Checking):
     def _attempt(self, call: Call, exact: bool, share: bool = True) -> Entry:
         """Capture, check, optimize and check again. `exact`: for the call's own sizes of 0 and 1 alone. `share`: trace repeated blocks once."""
         with adapted.skeleton(self.model), routing(unrouted), kept_random() as drawn:
-            raw = capture(self.model, call, exact=exact, share=share, note=self.note)
+            raw = self._raw(call, exact, share)
             if drawn():
                 raise Untraceable(f"{type(self.model).__name__} draws random numbers from Python's or NumPy's generators, which a graph would fix",
                                   where=self._said(), do="draw them with torch, or outside of the model")
@@ -236,11 +236,19 @@ class Dispatcher(Checking):
         try:
             self._prove(entry, call, edge=verdict == "edge")
         except (CaptureError, RuntimeError) as error:
-            if not share or self.installed is not installed or not regions.repeated_blocks(self.model):
+            if not share or self.installed is not installed or not self._shared():
                 raise
-            self.note(f"repeated blocks are traced one by one, since one traced for all failed: {str(error).splitlines()[0]}")
+            self.note(f"what is alike is traced one by one, since one traced for all failed: {str(error).splitlines()[0]}")
             return self._attempt(call, exact, share=False)
         return entry
+
+    def _raw(self, call: Call, exact: bool, share: bool) -> Program:
+        """The program of a call before any pass."""
+        return capture(self.model, call, exact=exact, share=share, note=self.note)
+
+    def _shared(self) -> bool:
+        """Whether some of the latest capture stands for more than it was traced from."""
+        return bool(regions.repeated_blocks(self.model))
 
     def _facts(self) -> frozenset[Any]:
         """What passes must know of the model."""

@@ -80,3 +80,16 @@ def copy_in(graph: fx.Graph, copies: Mapping[fx.Node, Copy], drop: Collection[fx
         for item in node.users:
             env[item] = local[copy.results[item.args[1]]]
     return new
+
+
+def moved_state(graph: fx.Graph, old: str, new: str) -> fx.Graph:
+    """A copy of a graph, with the same node names, in which the module at `old` is the one at `new`: its state and its places."""
+    copy = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        env[node] = made = copy.node_copy(node, env.__getitem__)
+        if node.op == "get_attr" and str(node.target).startswith(f"{old}."):
+            made.target = new + str(node.target)[len(old):]
+        made.meta = dict(node.meta)
+        made.meta.update(meta.moved(node, old, new, meta.provenance(node).stack))
+    return copy

@@ -20,6 +20,7 @@ import torch.nn as nn
 from fxopt.errors import LowerError
 from fxopt.ir import meta
 from fxopt.ir.edit import build_region, effectful, mutates
+from fxopt.ir.part import part_of
 from fxopt.ir.program import Lazy, Program
 
 aten = torch.ops.aten
@@ -276,6 +277,7 @@ def _try_cut(program: Program, wanted: list[str], dissolved: list[str]) -> Sched
     tail.sort(key=position.__getitem__)
     home = {node: at for at, group in groups.items() for node in group}
     crossing: set[fx.Node] = {n for n in returned if n in home} | {i for n in (*tail, *later) for i in n.all_input_nodes if i in home}
+    part = part_of(program.facts)
     regions: list[Region] = []
     plans: dict[int, tuple[list[fx.Node], list[fx.Node], list[str]]] = {}
     for at, group in groups.items():
@@ -289,11 +291,12 @@ def _try_cut(program: Program, wanted: list[str], dissolved: list[str]) -> Sched
         if not outputs and not mutating:
             continue
         path = block_of.get(at)
-        prefix = f"{path}." if path else ""
+        home_path = path or (part.path if part is not None else None)
+        prefix = f"{home_path}." if home_path else ""
         graph, modules = build_region(body, inputs, state, outputs, program)
         relative = tuple(name[len(prefix):] if prefix and name.startswith(prefix) else f"^{name}" for name in state)
         regions.append(Region(path, graph, tuple(n.name for n in inputs), tuple(state), tuple(n.name for n in outputs), modules,
-                              _key(graph, relative if path else tuple(state), program, state)))
+                              _key(graph, relative if home_path else tuple(state), program, state)))
     for name in [n.name for n in tail for a in n.all_input_nodes if a.op == "get_attr"]:
         raise LowerError(f"the program returns {name}, a view of its own state", do="return a clone of the parameter")
     outputs_out = tuple(n.name if isinstance(n, fx.Node) else n for n in flat)
