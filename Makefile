@@ -2,6 +2,10 @@
 # make test    the whole test suite
 # make kernels compiles every Triton kernel for GPUs that need not be there, with two releases of Triton (3 minutes);
 #              UPDATE=1 writes the new costs to gate/budget.json
+# make zoo     trains 280 tiny models of many architectures under the library against eager code and writes docs/architectures.md (an hour
+#              on two cores; ONLY=pattern: some)
+# make kill-test  kills training runs at 200 random moments in each of three scenarios, resumes them, compares every byte (20 minutes;
+#              POINTS=20: fewer; UPDATE=1 writes bench/results/kills.jsonl)
 # make bench   the four headline rows of docs/benchmarks.md (about 45 minutes and 20 GiB on two cores; QUICK=1: a third of the time)
 # make bench-all  also the demo's workload and every fused op
 #
@@ -25,6 +29,8 @@ JOBS ?= 2
 TESTS ?=
 # Set to rewrite gate/budget.json.
 UPDATE ?=
+# A regular expression for the names of what `make zoo` trains.
+ONLY ?=
 # Set for few steps in `make bench`.
 QUICK ?=
 # The other release of Triton that the kernels must compile with.
@@ -35,7 +41,7 @@ pip := $(run) -m pip --disable-pip-version-check
 wanted := $(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | cut -d ' ' -f 1)
 stamp := $(VENV)/.installed-$(wanted)
 
-.PHONY: demo test kernels bench bench-all install clean
+.PHONY: kill-test demo test kernels zoo bench bench-all install clean
 .DELETE_ON_ERROR:
 
 demo: $(stamp)
@@ -48,6 +54,9 @@ test: $(stamp)
 other := build/triton-$(OTHER_TRITON)
 gate := TRITON_CACHE_DIR=build/triton-cache $(run) -m gate --jobs $(JOBS) $(if $(UPDATE),--update)
 
+kill-test: $(stamp)
+	@$(run) -m tests.train.kills $(if $(POINTS),--points $(POINTS)) $(if $(UPDATE),--out bench/results/kills.jsonl)
+
 kernels: $(stamp) $(other)/.installed
 	@$(gate)
 	@PYTHONPATH=$(other) $(gate) --other
@@ -56,6 +65,9 @@ $(other)/.installed:
 	rm -rf $(other)
 	$(pip) install --quiet --no-deps --target $(other) triton==$(OTHER_TRITON)
 	@touch $@
+
+zoo: $(stamp)
+	@$(run) -m tests.zoo --jobs $(JOBS) --only '$(ONLY)'
 
 bench: $(stamp)
 	@$(run) -m bench.headlines $(if $(QUICK),--quick)

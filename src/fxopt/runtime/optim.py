@@ -58,6 +58,7 @@ class AdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See torch. The settings are checked."""
         super().add_param_group(param_group)
+        self.param_groups[-1].setdefault("differentiable", False)  # torch adds it on loading: a loaded state has the entries of a new one
         _check_settings(self.param_groups[-1])
 
     @torch.no_grad()

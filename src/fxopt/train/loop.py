@@ -8,8 +8,7 @@ from fxopt.train.run import Run
 def train(run: Run) -> None:
     """Trains until the planned steps or epochs are done, or somebody stops the run. Continues where `run.state` stands: between two
     batches of a step, between two steps, or between two epochs."""
-    while not run.done():
-        run.start_epoch()
+    while run.start_epoch():
         for group in run.groups():
             run.start_step(group)
             for index in range(run.state.micro, len(group.batches)):

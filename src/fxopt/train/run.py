@@ -115,11 +115,18 @@ class Run:
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
-    def start_epoch(self) -> None:
-        """Begin an epoch, unless it is one that a restored run has begun already."""
-        if not self.resumed:
-            self.step_before = self.state.step
-            self.events(Callback.on_epoch_start, self.state)
+    def start_epoch(self) -> bool:
+        """Begin an epoch, unless it is one that a restored run has begun already. False: the run is done.
+
+        A run that was saved after its last step, but before the end of the epoch, has that end before it.
+        """
+        if self.resumed:
+            return not self.done() or self.epoch_is_over()
+        if self.done():
+            return False
+        self.step_before = self.state.step
+        self.events(Callback.on_epoch_start, self.state)
+        return True
 
     def groups(self) -> Iterator[Group]:
         """The steps of the rest of this epoch, from the present position on."""
@@ -165,8 +172,9 @@ class Run:
     def _scaler_of(self, batch: Batch) -> None:
         """A loss scaler, if the program of the first batch has gradients in fp16."""
         self.graph_scaler = False
-        program = self.task.module.prepare(batch)  # type: ignore[operator]
-        self.scaler = self.scaler or Scaler.of(program)
+        self.task.module.prepare(batch)  # type: ignore[operator]
+        scalers = [scaler for program in self.task.module.programs if (scaler := Scaler.of(program)) is not None]  # type: ignore[union-attr]
+        self.scaler = self.scaler or max(scalers, key=lambda scaler: scaler.state.scale, default=None)
 
     # -- a step ---------------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from fxopt.runtime.stored import StoredWeight
 from fxopt.train import folder as folders
 from fxopt.train.callbacks import Callback
 from fxopt.train.folder import Writer
+from fxopt.train.journal import TIMES
 from fxopt.train.plain import cloned, decode, encode
 from fxopt.train.randomness import restore as restore_random
 from fxopt.train.randomness import states
@@ -83,6 +84,8 @@ def capture(run: Run, settings: Mapping[str, Any], frozen: str, copy: bool) -> S
     """
     state = run.state
     extra: dict[str, Any] = {"extra": {}}
+    sizes = run.journal.sizes()
+    times = sizes.pop(TIMES, 0)  # as long as the clock's numbers are: no part of what a resumed run repeats
     run.events(Callback.on_save, state, extra)
     shared = {
         "position": {"step": state.step, "epoch": state.epoch, "batch": state.batch, "micro": state.micro, "step_before": run.step_before,
@@ -91,7 +94,7 @@ def capture(run: Run, settings: Mapping[str, Any], frozen: str, copy: bool) -> S
         "optimizers": [optimizer.state_dict() for optimizer in run.optimizers], "rates": run.rates.state_dict(),
         "scaler": None if run.scaler is None else run.scaler.state_dict(), "guard": run.guard.state_dict(), "means": run.means.state_dict(),
         "callbacks": [[type(callback).__name__, callback.state_dict()] for callback in run.events.callbacks],
-        "journal": run.journal.sizes(), "frozen": frozen, **extra,
+        "journal": sizes, "frozen": frozen, **extra,
     }
     gradients = {}
     if state.micro or run.task.manual:
@@ -101,7 +104,7 @@ def capture(run: Run, settings: Mapping[str, Any], frozen: str, copy: bool) -> S
     weights = run.strategy.state(run.task.module, changing(run))
     if ranks is None:
         return None
-    config = {"settings": dict(settings), **pipeline_of(run.task.module), "torch": torch.__version__}
+    config = {"settings": dict(settings), **pipeline_of(run.task.module), "torch": torch.__version__, "times": times}
     return Snapshot(cloned(weights), cloned(shared), ranks, config) if copy else Snapshot(weights, shared, ranks, config)
 
 

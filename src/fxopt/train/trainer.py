@@ -26,7 +26,7 @@ from fxopt.train.callbacks import Callback, Events, State, Step
 from fxopt.train.folder import sweep
 from fxopt.train.foreign import adopted
 from fxopt.train.guard import Guard, Spikes
-from fxopt.train.journal import Journal, Logger
+from fxopt.train.journal import TIMES, Journal, Logger
 from fxopt.train.lightning import ModuleTask, is_lightning_shaped
 from fxopt.train.loader import Source, source_of
 from fxopt.train.metrics import Means, Metric, Values
@@ -283,7 +283,7 @@ class Trainer:
             run.task.begin(state, run.means)
             if resume:
                 kept = self._restored(run, folder, resume)
-            run.journal.start(described(self), None if kept is None else kept.shared["journal"])
+            run.journal.start(described(self), None if kept is None else {**kept.shared["journal"], TIMES: kept.config["times"]})
             reset_peak(run.device)
             module.train()
             run.events(Callback.on_fit_start, state)
