@@ -181,3 +181,12 @@ def test_a_whole_step(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert said.startswith("# step: x [3, 4]") or said.startswith("# step: args[0] [3, 4]")
     assert "def forward(" in said and "def backward(" in said and "# saved: " in said and "the gradients of: layers.0.weight" in said
+
+
+def test_view(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["view", "tiny_models:tiny", "--passes", "canonicalize", "--predict", "none", "--verify", "-o", "graph.html"]) == 0
+    assert capsys.readouterr().out.startswith("graph.html: 2 stages, ")
+    said = (here / "graph.html").read_text()
+    assert said.startswith("<!doctype html>") and '"verified":true' in said and "tiny_models.py:" in said
+    assert main(["view", "tiny_models:tiny", "-o", "none/graph.html", "--predict", "none", "--passes", ""]) == 3
+    assert "cannot be written" in capsys.readouterr().err

@@ -6,7 +6,7 @@ the programs before and after each pass can be compared, also where a pass makes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from fxopt.ir.partition import Split
 from fxopt.ir.program import Program
 from fxopt.runtime import dry_run, saving
 from fxopt.runtime.binding import Binding
-from fxopt.runtime.machine import Machine, present
+from fxopt.runtime.machine import present
 from fxopt.runtime.plan import OPTIMIZERS, Plan, Planner, concrete
 from fxopt.runtime.region import RegionRunner
 from fxopt.runtime.timeline import Resident
@@ -68,30 +68,12 @@ class Forecast:
         parts: of the step, in order; equal regions once.
         work: of the forward of each program node that computes something, by name.
         saved: bytes kept for the backward, by the name of the program's node that computes them.
-        machine: what the times are made from. number: a symbolic size as a number, in this call.
     """
 
     plan: Plan
     parts: tuple[Part, ...]
     work: Mapping[str, dry_run.Work]
     saved: Mapping[str, int]
-    machine: Machine
-    number: Any
-
-    def seconds(self, name: str) -> float:
-        """Predicted time of a node's forward."""
-        found = self.work.get(name)
-        return self.machine.seconds(found) if found is not None else 0.0
-
-    def bytes(self, node: fx.Node) -> int:
-        """Size of a node's value in this call."""
-        total = 0
-        for tensor in meta.tensors(node):
-            each = tensor.element_size()
-            for size in tensor.shape:
-                each *= self.number(size)
-            total += each
-        return total
 
 
 def skeleton(program: Program) -> nn.Module:
@@ -152,33 +134,54 @@ def forecast(program: Program, blocks: Iterable[str], shapes: Shapes, guards: An
     budget = next((fact for fact in program.facts if isinstance(fact, Budget)), None)
     planner = _Unbound(binding, budget, present(), optimizer)
     plan = planner.plan(shapes, (False,) * len(shapes))
-    env = guards.bind(shapes)
+    parts, saved = _parts(binding, plan)
+    return Forecast(plan, parts, _work([(region, runner.inference) for region, runner, *_ in binding.steps], numbers(guards.bind(shapes), shapes)), saved)
+
+
+def numbers(bound: Mapping[Any, int], shapes: Shapes) -> Callable[[Any], int]:
+    """What the sizes of a call are as numbers. `bound`: what the symbols of its inputs stand for (`ShapeGuards.bind`)."""
     known: dict[Any, int] = {}
 
     def number(size: Any) -> int:
         if not isinstance(size, torch.SymInt):
             return int(size)
         if size.node.expr not in known:
-            known[size.node.expr] = concrete(size, env, shapes)
+            known[size.node.expr] = concrete(size, dict(bound), shapes)
         return known[size.node.expr]
 
-    return Forecast(plan, *_parts(binding, plan, number), planner.machine, number)
+    return number
 
 
-def _parts(binding: Binding, plan: Plan, number: Any) -> tuple[tuple[Part, ...], dict[str, dry_run.Work], dict[str, int]]:
+def forward_work(program: Program, blocks: Iterable[str], number: Callable[[Any], int]) -> dict[str, dry_run.Work]:
+    """The work of each node of a program's forward, by name. Cheap: no backward is traced."""
+    made: dict[str, fx.GraphModule] = {}
+    steps = []
+    for region in regions.cut(program, blocks).regions:
+        if region.key not in made:
+            made[region.key] = fx.GraphModule(dict(region.modules), region.graph)
+        steps.append((region, made[region.key]))
+    return _work(steps, number)
+
+
+def _work(steps: Sequence[tuple[regions.Region, fx.GraphModule]], number: Callable[[Any], int]) -> dict[str, dry_run.Work]:
+    """Each step is a region and the module of an equal one, whose nodes come in the same order; a module is run once."""
     work: dict[str, dry_run.Work] = {}
+    ran: dict[int, list[dry_run.Work | None]] = {}
+    for region, module in steps:
+        if id(module) not in ran:
+            costs = dry_run.run(module, number).nodes
+            ran[id(module)] = [costs.get(node.name) for node in module.graph.nodes]
+        for node, cost in zip(region.graph.nodes, ran[id(module)]):
+            if cost is not None and node.op == "call_function":
+                work[node.name] = cost
+    return work
+
+
+def _parts(binding: Binding, plan: Plan) -> tuple[tuple[Part, ...], dict[str, int]]:
     saved: dict[str, int] = {}
     groups: dict[Any, list[int]] = {}
     for at, ((_, runner, *_), level) in enumerate(zip(binding.steps, plan.levels)):
         groups.setdefault((id(runner), id(level.split)), []).append(at)
-    forwards: dict[int, list[dry_run.Work | None]] = {}
-    for region, runner, *_ in binding.steps:
-        if id(runner) not in forwards:
-            ran = dry_run.run(runner.inference, number).nodes
-            forwards[id(runner)] = [ran.get(node.name) for node in runner.region.graph.nodes]
-        for node, cost in zip(region.graph.nodes, forwards[id(runner)]):
-            if cost is not None and node.op == "call_function":
-                work[node.name] = cost
     parts = []
     for steps in groups.values():
         (first, runner, *_), level = binding.steps[steps[0]], plan.levels[steps[0]]
@@ -188,7 +191,7 @@ def _parts(binding: Binding, plan: Plan, number: Any) -> tuple[tuple[Part, ...],
             for value in _saved(runner.region, binding.steps[at][0], level.split, [v.size for v in level.forward.outputs]):
                 if value.node:
                     saved[value.node] = saved.get(value.node, 0) + value.bytes
-    return tuple(parts), work, saved
+    return tuple(parts), saved
 
 
 def _saved(compiled: regions.Region, region: regions.Region, split: Split, sizes: list[int]) -> tuple[Saved, ...]:

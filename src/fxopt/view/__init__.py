@@ -1,0 +1,1 @@
+"""A program's history as one HTML file: see `page.write`."""
