@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn as nn
@@ -111,10 +113,14 @@ def test_a_checkpointed_block_saves_little() -> None:
 
 
 def test_patches_are_undone_also_after_an_error() -> None:
-    before = torch.autograd.Function.__dict__["apply"], torch.utils.checkpoint.CheckpointFunction
+    def state() -> tuple[Any, ...]:
+        return torch.autograd.Function.__dict__["apply"], torch.utils.checkpoint.CheckpointFunction, torch._dynamo.config.fake_tensor_cache_enabled
+
+    before = state()
     with pytest.raises(ZeroDivisionError), torch_patches.for_capture():
+        assert not any(a is b for a, b in zip(before, state(), strict=True))
         1 / 0
-    assert (torch.autograd.Function.__dict__["apply"], torch.utils.checkpoint.CheckpointFunction) == before
+    assert state() == before
 
 
 class Branches(nn.Module):
