@@ -29,6 +29,8 @@ _LOSSES = {aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss
 SIZES = (2, 3, 5, 4, 7, 6, 9)  # what dynamic sizes are drawn from: small, so that a case costs little
 _TRIES = 24
 _LARGE = 64.0  # times the example: far beyond where exponentials saturate, and still far from the largest fp16
+_LARGER = 3.0  # times the matrices: values reach clamps and caps that the model's own weights do not
+_OTHER = 0.3  # of its size a parameter is moved by; 0.1 where it is zero: what is 1 or 0 at first hides that it is not read
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,16 +40,12 @@ class Case:
     Attributes:
         name: "given", "drawn 0", "zeros", ...
         inputs: one tensor per placeholder.
-        scaled: state that is multiplied by a number for this case (tables that ids are looked up in), by slot.
+        weights: other weights for this case, from the model's; None: the model's.
     """
 
     name: str
     inputs: tuple[torch.Tensor, ...]
-    scaled: Mapping[str, float]
-
-    def state(self, state: State) -> dict[str, torch.Tensor]:
-        """The state to run the case with."""
-        return {name: value.detach() * self.scaled[name] if name in self.scaled else value for name, value in state.items()}
+    weights: Callable[[State], dict[str, torch.Tensor]] | None = None
 
     @property
     def shapes(self) -> list[list[int]]:
@@ -107,6 +105,7 @@ class Maker:
         self.domains = [domain(node) if not t.is_floating_point() else None for node, t in zip(program.placeholders, example)]
         self.tables = sorted({str(node.args[0].target) for node in program.nodes if node.op == "call_function" and node.target is aten.embedding.default
                               and node.args[0].op == "get_attr" and node.args[0].target in program.slots})
+        self.parameters = {name for name, slot in program.slots.items() if slot.kind == "parameter" and slot.dtype.is_floating_point}
         self.symbols = list(dict.fromkeys(s for shape in self.guards.shapes for size in shape for s in sorted(sympy.sympify(size).free_symbols, key=str)))
         # sizes of several inputs that are equal in the example, at one dimension, are one size (ids, mask and labels of one length)
         self.groups = {symbol: min((dim, int(t.shape[dim])) for shape, t in zip(self.guards.shapes, example) for dim, size in enumerate(shape)
@@ -121,13 +120,16 @@ class Maker:
     def adversarial(self) -> Iterator[Case]:
         """Values and sizes that wrong rewrites have been hidden by, or shown by."""
         floats = any(t.is_floating_point() for t in self.example)
-        zero = 0.0 if not floats else 1.0
-        yield self.case("zeros", self.example, lambda k, t: torch.zeros_like(t) if t.is_floating_point() else t, zero)
+        yield self.case("zeros", self.example, lambda k, t: torch.zeros_like(t) if t.is_floating_point() else t, None if floats else self.without_tables)
         generator = self.generator(1000)
         yield self.case("ties", self.example, lambda k, t: self.tied(k, t, generator))
-        yield self.case("large", self.example, lambda k, t: t * _LARGE if t.is_floating_point() else t, _LARGE if not floats else 1.0)
+        yield self.case("large", self.example, lambda k, t: t * _LARGE if t.is_floating_point() else t, self.larger)
+        yield Case("other weights", self.example, self.other)
         if any(d is not None and d.ignored is not None for d in self.domains):
             yield self.case("all labels ignored", self.example, self.ignored)
+        masks = [k for k, t in enumerate(self.example) if self.is_mask(k, t)]
+        if masks:
+            yield self.case("padded", self.example, lambda k, t: self.padded(k, t, masks))
         for name, wanted in (("length 1", [s for s in self.symbols if s not in self.leading]), ("batch 1", [s for s in self.symbols if s in self.leading])):
             shapes = self.shapes({**self.present(), **dict.fromkeys(wanted, 1)}) if wanted else None
             if shapes is not None and self.guards.check(shapes) in ("ok", "edge"):
@@ -137,17 +139,18 @@ class Maker:
 
     def given(self) -> Case:
         """The example itself."""
-        return Case("given", self.example, {})
+        return Case("given", self.example)
 
     # -- values --------------------------------------------------------------------------------------------------------
 
     def generator(self, i: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed * 7919 + i)
 
-    def case(self, name: str, tensors: Sequence[torch.Tensor], change: Callable[[int, torch.Tensor], torch.Tensor], tables: float = 1.0) -> Case:
+    def case(self, name: str, tensors: Sequence[torch.Tensor], change: Callable[[int, torch.Tensor], torch.Tensor],
+             weights: Callable[[State], dict[str, torch.Tensor]] | None = None) -> Case:
         """`change(position, tensor)` gives each tensor's value; it keeps shape, dtype and whether a gradient is wanted."""
         made = tuple(change(k, t.detach()).to(t.device, t.dtype).requires_grad_(self.example[k].requires_grad) for k, t in enumerate(tensors))
-        return Case(name, made, dict.fromkeys(self.tables, tables) if tables != 1.0 else {})
+        return Case(name, made, weights)
 
     def redrawn(self, k: int, t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if t.is_floating_point():
@@ -174,6 +177,41 @@ class Maker:
     def ignored(self, k: int, t: torch.Tensor) -> torch.Tensor:
         found = self.domains[k]
         return torch.full_like(t, found.ignored) if found is not None and found.ignored is not None else t
+
+    def is_mask(self, k: int, t: torch.Tensor) -> bool:
+        """A matrix of zeros and ones that indexes nothing."""
+        return t.dim() == 2 and t.shape[1] > 2 and not t.is_floating_point() and self.domains[k] is None and bool(((t == 0) | (t == 1)).all())
+
+    def padded(self, k: int, t: torch.Tensor, masks: Sequence[int]) -> torch.Tensor:
+        """The last third of the first row is padding: masks are 0 there, and labels ignored."""
+        found, like = self.domains[k], self.example[masks[0]]
+        value = 0 if k in masks else found.ignored if found is not None and t.shape == like.shape else None
+        if value is None:
+            return t
+        t = t.clone()
+        t[0, like.shape[1] - max(1, like.shape[1] // 3):] = value
+        return t
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+
+    def without_tables(self, state: State) -> dict[str, torch.Tensor]:
+        """The tables that ids are looked up in are zero."""
+        return {name: torch.zeros_like(value) if name in self.tables else value for name, value in state.items()}
+
+    def larger(self, state: State) -> dict[str, torch.Tensor]:
+        """Matrices are larger; fp16 would not hold what comes of it."""
+        return {name: value * _LARGER if name in self.parameters and value.dim() > 1 and value.dtype is not torch.float16 else value for name, value in state.items()}
+
+    def other(self, state: State) -> dict[str, torch.Tensor]:
+        """Every parameter is moved."""
+        generator = self.generator(2000)
+        found = dict(state)
+        for name in sorted(self.parameters & state.keys()):
+            value = state[name]
+            size = float(value.double().square().mean().sqrt()) if value.numel() else 0.0
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64) * (_OTHER * size if size > 0 else 0.1)
+            found[name] = (value.detach() + noise.to(value.device, value.dtype)).to(value.dtype)
+        return found
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -45,20 +45,33 @@ class Certifier:
 
     def __init__(self, tested: Sequence[Case], state: State) -> None:
         self.cases = list(tested)
-        self.state: dict[str, torch.Tensor] = {name: value.detach() for name, value in state.items()}
+        plain = {name: value.detach() for name, value in state.items()}
+        # by the name of the case that has weights of its own; "" for all others
+        self.states: dict[str, dict[str, torch.Tensor]] = {"": plain, **{case.name: case.weights(plain) for case in tested if case.weights is not None}}
         self.kept: dict[str, Runs] = {}
 
-    def stage(self, pass_: Pass, before: Program, after: Program) -> Stage:
-        """What is found of one application. Nothing is raised for what is wrong: see `Stage.require`."""
+    def advance(self, before: Program, after: Program) -> None:
+        """Go on behind an application without testing it."""
+        made = [name for name in after.slots if name not in before.slots]
+        self.states = {key: _with_random(after, _adapters(after, made), materialize(after, state)) for key, state in self.states.items()}
+        if made:
+            self.kept.clear()
+
+    def stage(self, pass_: Pass, before: Program, after: Program, *, stop: bool = False) -> Stage:
+        """What is found of one application. Nothing is raised for what is wrong: see `Stage.require`.
+
+        Args:
+            stop: at the first case that fails.
+        """
         facts = dict(promises.facts(pass_, before, after))
         made = {name: slot for name, slot in after.slots.items() if name not in before.slots}
-        known = materialize(after, self.state)
+        known = {key: materialize(after, state) for key, state in self.states.items()}
         results: list[Result] = []
         if all(says is None for name, says in facts.items() if name != "random"):
             stored = [slot.made.facts for slot in made.values() if slot.made is not None and isinstance(slot.made.facts, Stored)]
-            adapters = [name for name, slot in made.items() if slot.made is not None and isinstance(slot.made.facts, (LowRank, Trained))]
-            first = known if not stored else dequantized(after, known)
-            results += _bounds(pass_, stored, self.state, first)
+            adapters = _adapters(after, list(made))
+            first = known if not stored else {key: dequantized(after, state) for key, state in known.items()}
+            results += _bounds(pass_, stored, self.states[""], first[""])
             start = self.cases[:2] if adapters else self.cases
             shared: list[str] = []
             promise, coarser = _held_to(pass_.promise)
@@ -67,35 +80,35 @@ class Certifier:
             else:
                 promise, old, new = _without_draws(promise, before, after)
                 test = _Test(pass_, promise, coarser, old, new)
-                results += [self.compare(test, case, first, known, shared) for case in start]
+                results += _until_failed((self.compare(test, case, first, known, shared) for case in start), stop)
             facts["aliasing"] = shared[0] if shared else None
             if adapters:
-                known = {**known, **{name: _random(name, known[name]) for name in adapters if not known[name].any() or _factor(after, name) != "magnitude"}}
-                if promise is not None:
-                    results += [self.formula(test, case, known) for case in self.cases]
+                known = {key: _with_random(after, adapters, state) for key, state in known.items()}
+                if promise is not None and not (stop and any(each.status == "failed" for each in results)):
+                    results += _until_failed((self.formula(test, case, known) for case in self.cases), stop)
         if made:
             self.kept.clear()
-        self.state = known
+        self.states = known
         promise = {name: value for name, value in dataclasses.asdict(pass_.promise).items() if value is not None}
         return Stage(pass_.text(), promise, digest(before), digest(after), len(after.log[-1].rewrites) if after.log else 0, facts, tuple(results))
 
-    def compare(self, test: _Test, case: Case, first: State, second: State, shared: list[str]) -> Result:
+    def compare(self, test: _Test, case: Case, first: Mapping[str, State], second: Mapping[str, State], shared: list[str]) -> Result:
         """One case, the program before against the one after. What is wrong with the sharing of memory goes into `shared`."""
         scalars = test.promise.outputs == "declared"
         old = self.kept.get(case.name)
         if old is None or old.program is not test.before or old.scalars != scalars or first is not second:
-            old = Runs(test.before, case.inputs, case.state(first), scalars=scalars)
-        new = Runs(test.after, case.inputs, case.state(second), scalars=scalars)
+            old = Runs(test.before, case.inputs, _of(case, first), scalars=scalars)
+        new = Runs(test.after, case.inputs, _of(case, second), scalars=scalars)
         found = test.result(case, BEFORE, old, new)
         self.kept[case.name] = new
         if found.status in ("equal", "within") and not scalars and old.draws.shared != new.draws.shared:
             shared.append(f"on {case.name}, what outputs share memory with was {list(old.draws.shared)} and is {list(new.draws.shared)}")
         return found
 
-    def formula(self, test: _Test, case: Case, state: State) -> Result:
+    def formula(self, test: _Test, case: Case, states: Mapping[str, State]) -> Result:
         """One case, adapters with random values: the program before, on weights computed by their formula, against the one after."""
-        scaled = case.state(state)
-        old, new = Runs(test.before, case.inputs, scaled, derive=low_rank.adapted(test.after)), Runs(test.after, case.inputs, scaled)
+        state = _of(case, states)
+        old, new = Runs(test.before, case.inputs, state, derive=low_rank.adapted(test.after)), Runs(test.after, case.inputs, state)
         return test.result(case, FORMULA, old, new)
 
 
@@ -176,9 +189,33 @@ def dequantized(program: Program, state: State) -> dict[str, torch.Tensor]:
     return found
 
 
-def _factor(program: Program, name: str) -> str:
+def _until_failed(results: Iterator[Result], stop: bool) -> list[Result]:
+    found = []
+    for each in results:
+        found.append(each)
+        if stop and each.status == "failed":
+            break
+    return found
+
+
+def _adapters(program: Program, made: Sequence[str]) -> list[str]:
+    """Of the slots that a pass made, those of adapters."""
+    return [name for name in made if (how := program.slots[name].made) is not None and isinstance(how.facts, (LowRank, Trained))]
+
+
+def _counts(program: Program, name: str, value: torch.Tensor) -> bool:
+    """Whether an adapter's slot gets a random value: all but DoRA's magnitudes, which are norms of what is there."""
     made = program.slots[name].made
-    return made.facts.factor if made is not None and isinstance(made.facts, LowRank) else "whole"
+    return not value.any() or made is None or not isinstance(made.facts, LowRank) or made.facts.factor != "magnitude"
+
+
+def _of(case: Case, states: Mapping[str, State]) -> State:
+    return states[case.name if case.weights is not None else ""]
+
+
+def _with_random(program: Program, adapters: Sequence[str], state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state with adapters that count."""
+    return {**state, **{name: _random(name, state[name]) for name in adapters if _counts(program, name, state[name])}}
 
 
 def _random(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -189,11 +226,10 @@ def _random(name: str, value: torch.Tensor) -> torch.Tensor:
 
 def lowered(program: Program, run: Callable[[list[torch.Tensor]], Sequence[Any]], tested: Sequence[Case], live: State) -> Stage:
     """What is found of a program as it is run: `run(inputs)` gives flat outputs and reads the tensors `live`, against the interpreted graph."""
-    pass_ = Lowering()
     scalars = any(isinstance(out, torch.fx.Node) and (found := meta.tensor(out)) is not None and not found.dim() and found.is_floating_point() for out in program.outputs)
     results = []
     for case in tested:
-        if case.scaled:
+        if case.weights is not None:
             continue  # the live weights are not touched
         old = Runs(program, case.inputs, live, scalars=scalars)
         try:
@@ -206,16 +242,9 @@ def lowered(program: Program, run: Callable[[list[torch.Tensor]], Sequence[Any]]
         except Exception as error:
             results.append(Result(case.name, INTERPRETED, "failed", says=f"the program as it is run fails: {_first(error)}"))
             continue
-        results.append(_Test(pass_, pass_.promise, False, program, program).result(case, INTERPRETED, old, found))
+        results.append(_Test(Pass(), Promise(), False, program, program).result(case, INTERPRETED, old, found))
     hashed = digest(program)
-    return Stage(pass_.text(), {"values": "tolerance"}, hashed, hashed, 0, {}, tuple(results))
-
-
-@dataclass(frozen=True)
-class Lowering(Pass):
-    """the program as it is run, in regions with a forward and a backward of their own"""
-
-    name: ClassVar[str] = "lowering"
+    return Stage("lowering", {"values": Promise().values}, hashed, hashed, 0, {}, tuple(results))
 
 
 # -- whole pipelines -------------------------------------------------------------------------------------------------
@@ -274,7 +303,7 @@ def stage_of(pass_: Pass, before: Program, after: Program, certifier: Certifier)
     Raises:
         CheckError: it does not hold.
     """
-    stage = certifier.stage(pass_, before, after)
+    stage = certifier.stage(pass_, before, after, stop=True)
     stage.require()
     said = [each for each in stage.results if each.says]
     return stage, max(said, key=lambda each: each.ratio).says if said else "nothing was compared"

@@ -26,6 +26,7 @@ from fxopt.passes.interpreted import SEED, Draws, materialize, upcast, values
 
 __all__ = ["SEED", "Draws", "Finding", "Runs", "check", "compare", "excess", "materialize", "values"]
 NOISY_RUNS = 8
+_SURE, _FAR = 4, 1e4  # after so many runs, what is off by so many times more than rounding explains is not explained by more of them
 _LOW = {torch.float16, torch.bfloat16, torch.float32}
 State = Mapping[str, torch.Tensor]
 
@@ -175,8 +176,11 @@ def _unmet(before: Program, new: Runs) -> str | None:
 
 
 def _same_names(pass_: Pass, promise: Promise, old: Runs, new: Runs) -> list[str]:
-    """The tensors that both show; none may be lost, and none of the model's own may come to take a gradient."""
-    lost = [name for name in old.own if name not in new.own and not (name.startswith("gradient of ") and promise.gradients == "declared")]
+    """The tensors that both show. None may be lost (where the pass declares its gradients: but those of what it froze), and none of the
+    model's own may come to take a gradient."""
+    slots = new.program.slots
+    frozen = {f"gradient of {name}" for name in slots if not new.program.trainable(name)} if promise.gradients == "declared" else set()
+    lost = [name for name in old.own if name not in new.own and name not in frozen]
     if lost:
         raise CheckError(f"{lost[0]} is gone", where=f"after {pass_}")
     known = {f"gradient of {name}" for name in old.program.slots} | {f"gradient of input {node.name}" for node in old.program.placeholders}
@@ -205,7 +209,9 @@ def _within(old: Runs, new: Runs, shared: Sequence[str], coarser: bool) -> tuple
     exact = old.derive is not None or not new.program.slots.keys() - old.program.slots.keys()
     spread: dict[str, float] = {}
     ratios: dict[str, float] = {}
+    seen: list[dict[str, float]] = []
     for errors in rounding.errors():
+        seen.append(errors)
         for name, error in errors.items():
             spread[name] = max(spread.get(name, 0.0), error)
         # where dtypes were chosen, whole numbers that are read off floats (an argmax) may be others
@@ -214,7 +220,7 @@ def _within(old: Runs, new: Runs, shared: Sequence[str], coarser: bool) -> tuple
         if exact:
             ratios |= {name + _FP64: excess(new.truth[name], old.truth[name], old.truth[name], finer * spread.get(name, 0.0)) for name in shared
                        if old.truth[name].is_floating_point() or old.truth[name].is_complex()}
-        if all(ratio <= 1.0 for ratio in ratios.values()):
+        if all(ratio <= 1.0 for ratio in ratios.values()) or any(ratio == float("inf") or len(seen) > _SURE and ratio > _FAR for ratio in ratios.values()):
             break
     worst = max(ratios, key=lambda name: (ratios[name] != ratios[name], ratios[name]), default="")
     return worst, ratios.get(worst, 0.0)

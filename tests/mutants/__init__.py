@@ -1,0 +1,1 @@
+"""Planted wrong rewrites: what a certificate must catch. `python -m mutants` (in tests/) runs all and prints the table."""
