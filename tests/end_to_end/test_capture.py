@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import fxopt
@@ -171,3 +173,35 @@ def test_the_comparison_can_fail() -> None:
                   lambda _: F.linear(x, model.weight)):
         with pytest.raises(CaptureError):
             selfcheck.compare(model, good, selfcheck.step(model, wrong, (x,), 0), "the graph")
+
+
+class Iterated(nn.Module):
+    """Writes into buffers by `out=` where nothing takes a gradient, as spectral norms do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = parametrizations.spectral_norm(nn.Linear(6, 5))
+        self.register_buffer("largest", torch.zeros(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        with torch.no_grad():
+            torch.maximum(self.largest, y.amax(0), out=self.largest)
+        return (y / (1 + self.largest)).square().mean()
+
+
+def test_writes_by_out_reach_buffers_and_leave_gradients() -> None:
+    torch.manual_seed(0)
+    model = Iterated()
+    eager, opt = copy.deepcopy(model), fxopt.optimize(model)
+    for x in torch.randn(3, 4, 6):
+        losses = []
+        for each in (eager, opt):
+            each.zero_grad()
+            losses.append(each(x))
+            losses[-1].backward()
+        assert same(losses[0].detach(), losses[1].detach())
+        for (name, a), b in zip(eager.named_parameters(), opt.model.parameters(), strict=True):
+            assert same(a.grad, b.grad), name
+        for (name, a), b in zip(eager.named_buffers(), opt.model.buffers(), strict=True):
+            assert same(a, b) and float(a.norm()) > 0, name

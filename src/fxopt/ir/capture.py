@@ -228,6 +228,7 @@ def _from_export(model: nn.Module, call: Call, exported: Any, returned: Returned
             node.target = f"constant.{old.target}"
     inputs_first(graph, user)
     inline_regions(graph, constants)
+    without_out(graph)
     output = next(reversed(graph.nodes))
     computed = iter(output.args[0])
     flat = [next(computed) if leaf is None else leaf[0] for leaf in returned.leaves]
@@ -267,6 +268,38 @@ def inline_regions(graph: fx.Graph, constants: dict[str, Any]) -> None:
                 kept.add(node)
             else:
                 _splice(graph, constants, node, body, args, casts, detach=node.target is _GRAD_MODE and not node.args[0])
+
+
+def without_out(graph: fx.Graph) -> None:
+    """An operator that writes into a tensor it is given (`out=`) becomes one that does not, and a copy into that tensor.
+
+    Autograd has no rule for `out=`: eager code may use it only where nothing takes a gradient, which a flat graph has no region for.
+    So what is copied is detached.
+    """
+    for node in list(graph.nodes):
+        plain = _without_out(node.target) if node.op == "call_function" and isinstance(node.kwargs.get("out"), fx.Node) else None
+        if plain is None:
+            continue
+        with graph.inserting_before(node):
+            value = graph.call_function(plain, node.args, {name: arg for name, arg in node.kwargs.items() if name != "out"})
+            detached = graph.call_function(aten.detach.default, (value,))
+            copied = graph.call_function(aten.copy_.default, (node.kwargs["out"], detached))
+        for new in (value, detached, copied):
+            new.meta = dict(node.meta)
+        node.replace_all_uses_with(copied)
+        graph.erase_node(node)
+
+
+def _without_out(target: Any) -> Any:
+    """The overload of an operator that takes the same arguments but `out`, and returns a new tensor; None if there is none."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    wanted = [(a.name, str(a.type)) for a in target._schema.arguments if not a.is_out]
+    packet = target.overloadpacket
+    for other in (getattr(packet, name) for name in packet.overloads()):
+        if [(a.name, str(a.type)) for a in other._schema.arguments] == wanted and not other._schema.is_mutable:
+            return other
+    return None
 
 
 def _casts(region: fx.Node, body: fx.Graph) -> dict[fx.Node, Casts] | None:
