@@ -216,7 +216,7 @@ def test_what_is_not_finite_is_named_and_nothing_is_lost(tmp_path: Path, value: 
     model, recorder = Adapted(), Recorder()
     with pytest.raises(CheckError, match=message) as caught:
         fit(model, data, epochs=1, accumulate=2, lr=0.1, callbacks=[recorder], progress=False, output_dir=tmp_path)
-    assert caught.value.where in ("batch 2 of 2 in this step, number 5 of the epoch", "weight")
+    assert caught.value.where in ("batch 2 of 2 in this step, number 5 of the epoch; first at (the model): Adapted", "weight")
     assert recorder.calls[-1] == "exception CheckError at 2"
     assert model.weight.isfinite().all() and model.weight.grad is None
     assert torch.equal(torch.load(tmp_path / "adapter" / "w.pt", weights_only=True), model.weight.detach())

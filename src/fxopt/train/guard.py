@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,20 +86,22 @@ class Guard:
             raise DataError(f"`not_finite` is {not_finite!r}.", where="the trainer", do="Write raise or skip.")
         self.not_finite, self.spikes = not_finite, spikes
 
-    def judge(self, step: int, losses: Sequence[float], norm: float, model: nn.Module, first_batch: int, scaled: bool) -> str:
+    def judge(self, step: int, losses: Sequence[float], norm: float, model: nn.Module, first_batch: int, scaled: bool,
+              locate: Callable[[int], str]) -> str:
         """Why a step is not taken; empty if it is.
 
         Args:
             step: its number, from 1. losses: of its batches. norm: of its gradients. first_batch: the place of the first batch in its
-                epoch. scaled: the run has a loss scaler, which expects overflows.
+                epoch. scaled: the run has a loss scaler, which expects overflows. locate: where in the model a batch of the step becomes bad.
 
         Raises:
             CheckError: something is not finite, and that is not to be skipped; or too many spikes.
         """
         for index, value in enumerate(losses):
             if not math.isfinite(value):
-                return self._refuse(f"The loss of step {step} is {value}", f"batch {index + 1} of {len(losses)} in this step, number {first_batch + index} of the epoch",
-                                    "Lower the learning rate or look at that batch.")
+                place = locate(index)
+                return self._refuse(f"The loss of step {step} is {value}", f"batch {index + 1} of {len(losses)} in this step, number {first_batch + index} of the epoch"
+                                    + (f"; first at {place}" if place else ""), "Lower the learning rate or look at that batch.")
         if not math.isfinite(norm):
             bad = (name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
             where = next(bad, "the norm of all gradients overflows")

@@ -120,9 +120,12 @@ class Journal:
             logger.log_artifact(path)
 
     def close(self) -> None:
-        """The run is over."""
+        """Close the files."""
         for file in self.files.values():
             file.close()
+
+    def finish(self) -> None:
+        """Tell the loggers that the run is over."""
         for logger in self.loggers:
             logger.finish()
 

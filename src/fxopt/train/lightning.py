@@ -216,7 +216,7 @@ class ModuleTask:
     """
 
     def __init__(self, target: Any, count: Callable[[Batch], int] | None = None) -> None:
-        self.target, self.count = target, count
+        self.target, self.count, self.calls_module = target, count, False
         self.module = target if isinstance(target, nn.Module) else nn.ModuleDict({name: part for name, part in vars(target).items() if isinstance(part, nn.Module)})
         self.manual = getattr(target, "automatic_optimization", True) is False
         self.hooks: list[Callback] = [Hooked(target, None, whole=False)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import logging
 import math
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.errors import DataError
+from fxopt.ir.text import text
 from fxopt.runtime.counting import Counter, Items, shares
 from fxopt.runtime.scaler import Scaler
+from fxopt.train.anomaly import first_not_finite
 from fxopt.train.batch import Batch, real_tokens, to_device
 from fxopt.train.callbacks import Callback, Events, State, Step
 from fxopt.train.evaluate import evaluate
@@ -99,6 +102,11 @@ class Run:
     """Finished steps when the epoch began."""
     validated_at: int = -1
     """Finished steps at the last validation."""
+    graphs: set[str] = field(default_factory=set)
+    """Hashes of the programs that batches ran through."""
+    known_graphs: set[str] = field(default_factory=set)
+    """Those of the checkpoint."""
+    last_program: Any = None
     resumed: bool = False
     """The state was restored, and the next epoch or step goes on where it stood."""
 
@@ -156,6 +164,7 @@ class Run:
             if self.graph_scaler:
                 self._scaler_of(moved)
             found = self.task.items(self.counter, moved)
+            self._note_graph()
             if found.number:
                 kept.append(moved if size == 1 or self.device.type == "cpu" else batch)
                 items.append(found)
@@ -168,6 +177,17 @@ class Run:
             return None
         weights, total = shares(items)
         return Group(kept, weights, total, used, left_out, started)
+
+    def _note_graph(self) -> None:
+        """Remember the hash of the program that a batch runs through; of a resumed run, compare it with those of the checkpoint."""
+        last = getattr(getattr(self.task.module, "dispatcher", None), "last", None)
+        if last is None or last.program is self.last_program:
+            return
+        self.last_program = last.program
+        number = hashlib.sha256(text(last.program).encode()).hexdigest()
+        if self.known_graphs and number not in self.known_graphs:
+            log.warning("fxopt: the graph of batch %d was not among those of the checkpoint (another torch, or inputs of a new kind): results may differ in the last bits", self.state.batch)
+        self.graphs.add(number)
 
     def _scaler_of(self, batch: Batch) -> None:
         """A loss scaler, if the program of the first batch has gradients in fp16."""
@@ -228,7 +248,8 @@ class Run:
             finite = self.scaler.unscale_(self.parameters) if self.scaler is not None else True
             self.events(Callback.on_backward_end, state)
             norm = self._clip()
-            reason = self.guard.judge(state.step + 1, losses, norm, self.task.module, state.batch, self.scaler is not None)
+            reason = self.guard.judge(state.step + 1, losses, norm, self.task.module, state.batch, self.scaler is not None,
+                                      lambda index: first_not_finite(self.task.module, to_device(group.batches[index], self.device)) if self.task.calls_module else "")
             if not reason:
                 for optimizer in self.optimizers:
                     self.events(Callback.on_before_optimizer_step, state, optimizer)

@@ -135,3 +135,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, nn.Module):
         return type(value).__name__
     return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that differ between two descriptions, as text; where a run's files lie and what it shows does not count."""
+    names = [name for name in now if name not in ("output_dir", "progress", "loggers", "max_seconds")]
+    return [f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in names if before.get(name) != now[name]]

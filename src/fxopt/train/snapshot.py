@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.errors import DataError
-from fxopt.ir.text import text
 from fxopt.runtime.scaler import Scaler
 from fxopt.runtime.stored import StoredWeight
 from fxopt.train import folder as folders
@@ -68,12 +67,9 @@ def fingerprint(run: Run) -> str:
     return sha.hexdigest()
 
 
-def pipeline_of(module: nn.Module) -> dict[str, str | None]:
-    """The pipeline's text and the hash of the newest program of an optimized module; None for another."""
-    if not callable(getattr(type(module), "prepare", None)):
-        return {"passes": None, "graph": None}
-    program = getattr(getattr(module.dispatcher, "last", None), "program", None)  # type: ignore[union-attr]
-    return {"passes": str(module.passes), "graph": None if program is None else hashlib.sha256(text(program).encode()).hexdigest()}
+def pipeline_of(module: nn.Module) -> str | None:
+    """The pipeline's text of an optimized module; None for another."""
+    return str(module.passes) if callable(getattr(type(module), "prepare", None)) else None
 
 
 def capture(run: Run, settings: Mapping[str, Any], frozen: str, copy: bool) -> Snapshot | None:
@@ -104,7 +100,7 @@ def capture(run: Run, settings: Mapping[str, Any], frozen: str, copy: bool) -> S
     weights = run.strategy.state(run.task.module, changing(run))
     if ranks is None:
         return None
-    config = {"settings": dict(settings), **pipeline_of(run.task.module), "torch": torch.__version__, "times": times}
+    config = {"settings": dict(settings), "passes": pipeline_of(run.task.module), "graphs": sorted(run.graphs), "torch": torch.__version__, "times": times}
     return Snapshot(cloned(weights), cloned(shared), ranks, config) if copy else Snapshot(weights, shared, ranks, config)
 
 
@@ -191,6 +187,7 @@ def restore(run: Run, snapshot: Snapshot, frozen: str) -> None:
     for name, gradient in own["gradients"].items():
         parameters[name].grad = gradient.to(parameters[name].device)
     run.losses, state.logged = list(own["losses"]), dict(own["logged"])
+    run.known_graphs = set(snapshot.config["graphs"])
     run.resumed = bool(state.micro or state.batch)
     run.events(Callback.on_load, state, shared)
 
@@ -215,11 +212,8 @@ def _same(run: Run, snapshot: Snapshot, frozen: str) -> None:
     if shared["frozen"] != frozen:
         raise DataError("The weights that are not trained are not those of the checkpoint.", where=type(run.task.module).__name__, do="Load the model that the run began with.")
     present = pipeline_of(run.task.module)
-    if snapshot.config["passes"] != present["passes"]:
-        raise DataError(f"The checkpoint was trained through the passes {snapshot.config['passes']}, this model through {present['passes']}.", do=do)
-    if None not in (snapshot.config["graph"], present["graph"]) and snapshot.config["graph"] != present["graph"]:
-        log.warning("fxopt: the captured graph is not the one of the checkpoint (torch %s then, %s now, or other inputs): results may differ in the last bits",
-                    snapshot.config["torch"], torch.__version__)
+    if snapshot.config["passes"] != present:
+        raise DataError(f"The checkpoint was trained through the passes {snapshot.config['passes']}, this model through {present}.", do=do)
     if len(run.optimizers) != len(shared["optimizers"]):
         raise DataError(f"The checkpoint has {len(shared['optimizers'])} optimizers, this run {len(run.optimizers)}.", do=do)
     names = [type(callback).__name__ for callback in run.events.callbacks]

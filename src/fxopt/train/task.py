@@ -24,12 +24,14 @@ class Task(Protocol):
     """What the loop asks of what it trains.
 
     Attributes:
-        module: whose parameters are trained. manual: it does its own backwards and steps. hooks: events that it wants.
+        module: whose parameters are trained. manual: it does its own backwards and steps. hooks: events that it wants. calls_module: a
+            batch is what the module's forward takes.
     """
 
     module: nn.Module
     manual: bool
     hooks: list[Callback]
+    calls_module: bool
 
     def begin(self, state: State, means: Means) -> None:
         """A run begins; logged values go to the state (of steps) and the means (of epochs)."""
@@ -64,6 +66,7 @@ class ModelTask:
                  metrics: Mapping[str, Metric | Values] | None = None) -> None:
         self.module, self.function, self.count, self.metrics = module, loss, count, metrics or {}
         self.hooks: list[Callback] = []
+        self.calls_module = loss is None
 
     def begin(self, state: State, means: Means) -> None:
         """Nothing."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -22,7 +20,7 @@ from fxopt.runtime.scaler import Scaler
 from fxopt.train import evaluate as evaluation
 from fxopt.train import loop, optimizers, randomness, snapshot
 from fxopt.train.batch import Batch
-from fxopt.train.callbacks import Callback, Events, State, Step
+from fxopt.train.callbacks import Callback, Events, State
 from fxopt.train.folder import sweep
 from fxopt.train.foreign import adopted
 from fxopt.train.guard import Guard, Spikes
@@ -32,50 +30,18 @@ from fxopt.train.loader import Source, source_of
 from fxopt.train.metrics import Means, Metric, Values
 from fxopt.train.optimizers import Group, Scheduled
 from fxopt.train.progress import Progress
+from fxopt.train.report import write_report
+from fxopt.train.result import Result
 from fxopt.train.run import Plan, Run
 from fxopt.train.saver import Checkpoints, Saver
 from fxopt.train.schedule import Plateau, Schedule, make_schedule
-from fxopt.train.settings import accumulation, check, described, planned_steps, pieces
+from fxopt.train.settings import accumulation, check, described, differing, pieces, planned_steps
 from fxopt.train.signals import Signals
 from fxopt.train.strategy import Single, Strategy
+from fxopt.train.summary import summary
 from fxopt.train.task import Loss, ModelTask, Task, check_trainable, device_of
 
 log = logging.getLogger("fxopt")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run did."""
-
-    steps: tuple[Step, ...]
-    """The steps of this process: after a resume, those since."""
-    epochs: int
-    skipped: int
-    """Batches that were left out because they supervise nothing."""
-    peak_memory: int
-    """Bytes, see `fxopt.runtime.memory.peak_bytes`."""
-    adapter: Path | None = None
-    """Folder of the saved adapter, when `output_dir` was given and the model has one."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """The newest value of everything that was logged."""
-    checkpoint: Path | None = None
-    """The last checkpoint."""
-    best: Path | None = None
-    """The best checkpoint, where best ones are kept."""
-    first_step: int = 0
-    """Steps that were finished before this process took over."""
-    why: str = ""
-    """Why the run ended before its planned end; empty if it did not."""
-
-    @property
-    def losses(self) -> list[float]:
-        """The loss of each step."""
-        return [step.loss for step in self.steps]
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Median over the steps of real (non-padding) tokens per second, without the first step of several."""
-        return statistics.median(step.tokens / step.seconds for step in self.steps[1:] or self.steps)
 
 
 @dataclass(kw_only=True)
@@ -180,7 +146,10 @@ class Trainer:
         data, validation = self._sources(train, val, strategy)
         with self._deterministic(), (Signals() if folder is not None and self.checkpoints else contextlib.nullcontext(Signals())) as signals:
             run = self._run(task, strategy, data, validation, folder, signals)
-            return self._fitted(run, folder, resume)
+            try:
+                return self._fitted(run, folder, resume)
+            finally:
+                run.journal.finish()
 
     def validate(self, model: Any, data: Any) -> dict[str, float]:
         """The mean loss (`val_loss`) and the metrics over data; every sample counts once.
@@ -311,7 +280,12 @@ class Trainer:
             for part, training in modes:
                 part.training = training
             run.events(Callback.on_teardown, state, "fit")
-        return self._result(run, folder)
+        result = self._result(run, folder)
+        if folder is not None and not state.rank:
+            facts = {"steps": state.step, "epochs": state.epoch, "batches left out": state.skipped, "peak bytes": f"{result.peak_memory:,}", "ended": result.why or "as planned",
+                     **{name: value for name, value in state.metrics.items() if name in ("loss", "val_loss")}}
+            run.journal.artifact(write_report(folder, described(self), facts, summary(module, predict=False)))
+        return result
 
     def _restored(self, run: Run, folder: Path | None, resume: bool | str | Path) -> snapshot.Snapshot | None:
         if resume is True:
@@ -322,6 +296,9 @@ class Trainer:
         if found is None:
             return None
         path, kept = found
+        changed = differing(kept.config["settings"], described(self))
+        if changed:
+            log.warning("fxopt: going on with other settings than those of the checkpoint: %s", "; ".join(changed))
         snapshot.restore(run, kept, run.saver.fingerprint(run) if run.saver is not None else snapshot.fingerprint(run))
         if run.saver is not None and resume is True:
             run.saver.last_good, run.saver.last = path, (run.state.step, run.state.epoch, run.state.micro)
