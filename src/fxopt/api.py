@@ -23,6 +23,8 @@ from fxopt.passes import presets
 from fxopt.passes.base import Pass
 from fxopt.passes.certificate import Certificate
 from fxopt.passes.pipeline import Pipeline, pipeline
+from fxopt.runtime.binding import live_state
+from fxopt.runtime.locate import NonFinite, locate
 from fxopt.runtime.plan import Plan, planned, planner
 from fxopt.runtime.sizes import largest, resized
 
@@ -203,6 +205,21 @@ class Optimized(Adapting, nn.Module):
         """
         program, lowered = self.program, self.dispatcher.last
         return explain(program, self.model, self.dispatcher.example, predict=predict, checks=lowered.checks, notes=self.dispatcher.notes)
+
+    def locate(self, inputs: tuple[Any, ...] | Mapping[str, Any] | None = None, *, scale: float = 1.0) -> NonFinite | None:
+        """The first value of a step on a batch that is not finite, forward or backward, with what it was made from, the line of the
+        model's code and the pass that made it; `print` it. None: all outputs and gradients are finite. Nothing is changed by the replay.
+
+        Args:
+            inputs: the batch; None: the last call. scale: what the loss is multiplied by for the backward (a loss scale).
+
+        Raises:
+            CallError: the call runs in parts. CheckError: the backward cannot be replayed.
+        """
+        call = self.sized_call(inputs)
+        program = self.dispatcher.last.program
+        read = {str(node.target) for node in program.nodes if node.op == "get_attr"}
+        return locate(program, call.tensors, live_state(self.model, [name for name in program.slots if name in read and name not in program.constants]), scale)
 
     def verify(self, inputs: tuple[Any, ...] | Mapping[str, Any] | None = None, *, runs: int = 2, seed: int = 0,
                original: Mapping[str, torch.Tensor] | None = None, name: str | None = None, named_inputs: Sequence[str] | None = None) -> Certificate:
