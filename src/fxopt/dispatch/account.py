@@ -46,13 +46,14 @@ def account(parts: Parts) -> tuple[Part, ...]:
         programs.setdefault(candidate, []).append(lowered.program)
     out = _left_out(parts)
     places = [*(c.path for c in programs), *out]
+    counted: set[str] = set()  # a tied parameter counts once
     graphs = []
     for candidate, found in programs.items():
         failure = next(iter(candidate.failures.values()), candidate.unkeyed)
         reason = "" if failure is None else f"{len(candidate.failures) or 'some'} kinds of its calls run as Python: {failure.reason}"
         graphs.append(Part(candidate.path, True, reason, failure.line if failure else "", failure.do if failure else "",
-                           *_shares(parts, candidate.path, places), tuple(found)))
-    return (*graphs, *(Part(path, False, f.reason, f.line, f.do, *_shares(parts, path, places)) for path, f in out.items()))
+                           *_shares(parts, candidate.path, places, counted), tuple(found)))
+    return (*graphs, *(Part(path, False, f.reason, f.line, f.do, *_shares(parts, path, places, counted)) for path, f in out.items()))
 
 
 def _left_out(parts: Parts) -> dict[str, Failure]:
@@ -69,7 +70,7 @@ def _left_out(parts: Parts) -> dict[str, Failure]:
     found = {path: failure for path, failure in found.items() if not any(_in(path, other) for other in captured)}
     if "" not in found:  # the model's own code around all that
         inner = next(iter(found), "")
-        found[""] = Failure(f"it calls {inner}" if inner else parts.why.reason, "", parts.why.line, parts.why.do)
+        found[""] = Failure(f"its code calls {inner}", "", "", "") if inner else parts.why
     return dict(sorted(found.items(), key=lambda item: list(parts.owned).index(item[0]) if item[0] in parts.owned else -1))
 
 
@@ -77,11 +78,12 @@ def _in(path: str, other: str) -> bool:
     return path == other or not other or path.startswith(f"{other}.")
 
 
-def _shares(parts: Parts, path: str, places: Sequence[str]) -> tuple[float, float | None]:
-    """Shares of parameters and FLOPs of a place, without the places in it."""
+def _shares(parts: Parts, path: str, places: Sequence[str], counted: set[str]) -> tuple[float, float | None]:
+    """Shares of parameters and FLOPs of a place, without the places in it, and without parameters that were counted."""
     inner = [other for other in places if other != path and _in(other, path)]
     outermost = [other for other in inner if not any(other != more and _in(other, more) for more in inner)]
-    names = parts.owned[path].difference(*(parts.owned[other] for other in inner))
+    names = parts.owned[path].difference(counted, *(parts.owned[other] for other in inner))
+    counted |= names
     parameters = sum(parts.sizes[name] for name in names) / max(sum(parts.sizes.values()), 1)
     if not parts.total:
         return parameters, None
@@ -103,9 +105,12 @@ def summary(parts: Parts) -> str:
     lines = [f"captured in parts: {len(graphs)} modules run as graphs, with {shares}; {len(rest)} as Python code"]
     groups: dict[tuple[str, ...], list[Part]] = {}
     for part in (*rest, *(p for p in graphs if p.reason)):
-        groups.setdefault((_NUMBER.sub("*", part.name), part.reason, part.where, part.do), []).append(part)
-    for (_, reason, where, do), group in groups.items():
-        name = _group([part.name or "the model itself" for part in group])
+        groups.setdefault((part.reason, part.where, part.do), []).append(part)
+    for (reason, where, do), group in groups.items():
+        alike: dict[str, list[str]] = {}
+        for part in group:
+            alike.setdefault(_NUMBER.sub("*", part.name), []).append(part.name or "the model itself")
+        name = ", ".join(_group(paths) for paths in alike.values())
         share = sum(part.parameters for part in group)
         own = f" [{100 * share:.1f}% of the parameters]" if share and not group[0].captured else ""
         lines.append(f"left out: {name}{own}{f' ({where})' if where else ''}: {reason}{f': {do}' if do else ''}")

@@ -17,6 +17,8 @@ _CURES = (
     (re.compile(r"\.item\(|\.tolist\(|\bint\(|\bfloat\("), "keep the number a tensor, or pass it as an argument"),
 )
 
+_ANY = "write it with torch.where and masks, or move it out of the model"
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -42,7 +44,7 @@ class Failure:
         place, _, line = (error.where or "").partition(", ")
         module = place.removeprefix("module ") if place.startswith("module ") else path
         values = "data-dependent" in error.what.lower() or "DataDependent" in error.what
-        cure = next((cure for pattern, cure in _CURES if pattern.search(line.split(": ", 1)[-1])), None) if values else None
+        cure = next((cure for pattern, cure in _CURES if pattern.search(line.split(": ", 1)[-1])), _ANY) if values else None
         return cls(_VALUES if values else error.what, path if module == "<root>" else module, line, cure or error.do or "")
 
     def within(self, old: str, new: str) -> Failure:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree as pytree
 
 from fxopt.dispatch.failure import Failure
 from fxopt.dispatch.likeness import Group
@@ -81,6 +82,8 @@ class PartDispatcher(Dispatcher):
 
     def _raw(self, call: Call, exact: bool, share: bool) -> Program:
         """As captured, or moved here from a part that is alike."""
+        if not call.tensors:
+            raise Untraceable(f"{type(self.model).__name__} is called without tensors", where=self._said(), do="pass what it depends on as a tensor")
         kind, shapes = call_kind(self, call), tuple(tuple(t.shape) for t in call.tensors)
         covering = (p for p in self.group.program(self.path, kind) if guards(p).check(shapes) in ("ok", "edge"))
         found = next(covering, None) if share and not exact else None
@@ -118,10 +121,10 @@ class PartDispatcher(Dispatcher):
         writing = next((node for node in raw.nodes if writes_input(node)), None)
         if writing is not None:
             raise Untraceable(f"{type(self.model).__name__} writes into its arguments ({writing.name})", where=self._said(), do="write into a copy")
-        state = {id(t): name for name, t in (*self.root.model.named_parameters(), *self.root.model.named_buffers())}
+        state = {_memory(t): name for name, t in (*self.root.model.named_parameters(), *self.root.model.named_buffers())}
         for value in raw.constants.values():
-            if isinstance(value, torch.Tensor) and (id(value) in state or value.requires_grad):
-                raise Untraceable(f"{type(self.model).__name__} reads {state.get(id(value), 'a tensor that takes a gradient')}, which is not its own",
+            if isinstance(value, torch.Tensor) and value.numel() and (_memory(value) in state or not _memory(value) or value.requires_grad):
+                raise Untraceable(f"{type(self.model).__name__} reads {state.get(_memory(value), 'a tensor of the model')}, which is not its own",
                                   where=self._said(), do="register it on the module too, or pass it as an argument")
 
 
@@ -185,6 +188,7 @@ class Parts:
         self.groups: list[Group] = []
         self.checks: list[str] = []
         self.finding = False  # while parts are looked for, calls with empty tensors wait
+        self.separate = False  # whether Python code writes into what parts return: see `returned`
         self.offer(root.model)
 
     # -- which modules -------------------------------------------------------------------------------------------------
@@ -194,10 +198,10 @@ class Parts:
         for child in module.children():
             if child in self.candidates or not any(True for _ in child.parameters()):
                 continue
-            if type(child).forward is nn.Module.forward:
+            path = self.names[child]
+            if type(child).forward is nn.Module.forward or self._entered(path):
                 self.offer(child)
                 continue
-            path = self.names[child]
             try:
                 bind(child, path)
             except LowerError as error:
@@ -205,6 +209,10 @@ class Parts:
                 self.offer(child)
                 continue
             self.candidates[child] = Candidate(path, child, PartDispatcher(self.root, path, self.shares.get(path), self._group(path, child)))
+
+    def _entered(self, path: str) -> bool:
+        """Whether the example calls modules in one that it does not call."""
+        return path not in self.shares and any(other.startswith(f"{path}.") for other in self.shares)
 
     def _group(self, path: str, module: nn.Module) -> Group:
         """The parts that are like this one."""
@@ -225,7 +233,14 @@ class Parts:
         lowered = self._find(candidate, call)
         if lowered is None:
             return type(candidate.module).forward(candidate.module, *args, **kwargs)
-        return candidate.dispatcher.run(lowered, call)
+        return self.returned(candidate.dispatcher.run(lowered, call))
+
+    def returned(self, value: Any) -> Any:
+        """What Python code gets of a part. If it writes into results, it gets copies of those that a backward looks at: torch forbids
+        writes into views that an `autograd.Function` made (the result of a linear is one)."""
+        if not self.separate:
+            return value
+        return pytree.tree_map_only(torch.Tensor, lambda t: t.clone() if t.requires_grad else t, value)
 
     def _find(self, candidate: Candidate, call: Call) -> Lowered | None:
         """The program for a part's call; None if its own code has to run."""
@@ -304,6 +319,7 @@ class Parts:
         new = Parts(root, self.why, self.shares, self.total)
         new.candidates.clear()
         groups: dict[Group, Group] = {}
+        new.separate = self.separate
         new.checks, new.sizes, new.owned = list(self.checks), self.sizes, self.owned
         for module, candidate in self.candidates.items():
             other = memo[id(module)]
@@ -322,6 +338,11 @@ _CALL = 4  # the first entries of a kind, which are of the call; the rest is of 
 def _kind(dispatcher: Dispatcher, call: Call) -> Any:
     """The kind of a call, whatever learns and is adapted."""
     return dispatcher.key(call)[:-1]
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Where a tensor's memory is; 0 if it has none (a weight that is stored quantized, while it is captured)."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
 
 
 def call_kind(dispatcher: Dispatcher, call: Call) -> Any:

@@ -68,9 +68,11 @@ class RootDispatcher(WholeDispatcher):
             self.example = Call(call.spec, call.leaves, tuple(t.detach() for t in call.tensors))
             self.last, self.partial = None, True
             return
+        notes = len(self.notes)
         try:
             self.last, self.partial = self.find(call), False
         except Untraceable as error:
+            del self.notes[notes:]  # they are of a capture that did not come about
             self._capture_parts(call, error)
             self.last, self.partial = None, True
 
@@ -128,7 +130,7 @@ class RootDispatcher(WholeDispatcher):
     def _find_parts(self, call: Call, error: Untraceable, parts: Parts) -> None:
         parts.finding = True
         try:
-            self._step(call, lambda given: self._routed(call, given, parts))
+            self._parted_step(call, parts, frozenset())
         finally:
             parts.finding = False
         parts.complete()
@@ -141,12 +143,12 @@ class RootDispatcher(WholeDispatcher):
         """What passes must do in at least one part; what they freeze is frozen everywhere."""
         programs = list(parts.programs())
         for pass_ in self.passes:
+            if isinstance(pass_, Lora):
+                check_targets(pass_, [weight.name for *_, weight in adapted.weights_of(self.model)], "only parts that are captured take adapters")
             records = [record for _, lowered in programs for record in lowered.program.log if record.text == pass_.text()]
             if pass_.must_fire and not any(record.rewrites for record in records):
                 why = list(dict.fromkeys(note for record in records for note in record.notes))
                 raise PassError(f"{pass_} changed nothing in any part: {'; '.join(why[:4])}", do="change its arguments, or take it out of the pipeline")
-            if isinstance(pass_, Lora):
-                check_targets(pass_, [weight.name for *_, weight in adapted.weights_of(self.model)], "only parts that are captured take adapters")
         if self.active is not None:
             adapted.activate(self.model, self.active)
             self.chosen.add(self.active)
@@ -167,6 +169,17 @@ class RootDispatcher(WholeDispatcher):
         with kept_random():
             return selfcheck.step(self.model, run, call.tensors, SEED, wanted)
 
+    def _parted_step(self, call: Call, parts: Parts, wanted: frozenset[str] | None) -> selfcheck.Step:
+        """A step in parts. Whether the Python code between them writes into their results is seen here."""
+        try:
+            return self._step(call, lambda given: self._routed(call, given, parts), wanted)
+        except RuntimeError as error:
+            if parts.separate or "inplace" not in str(error):
+                raise
+        parts.separate = True
+        self.note("the code around the parts writes into what they return: results are copied")
+        return self._step(call, lambda given: self._routed(call, given, parts), wanted)
+
     def _check_parts(self, call: Call, parts: Parts) -> None:
         """One whole step: the original code on the adapted weights against the original code and the parts' programs."""
         programs = [lowered.program for _, lowered in parts.programs()]
@@ -183,7 +196,7 @@ class RootDispatcher(WholeDispatcher):
 
         expected = self._step(call, original, None)
         try:
-            found = self._step(call, lambda given: self._routed(call, given, parts), None)
+            found = self._parted_step(call, parts, None)
         except RuntimeError as error:
             raise CaptureError(f"a step in parts fails: {error}", where=type(self.model).__name__, do="run the model as it is") from error
         dtypes = {d for p in programs for d in meta.float_dtypes(p.nodes) - meta.float_dtypes(list(p.history())[-1].nodes)}

@@ -8,7 +8,22 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+_ATTENTION_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # which torch 2.13 does not count
+
+
+class _Counter(TorchDispatchMode):
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is _ATTENTION_CPU:
+            self.total += sdpa_flop_count(*(t.shape for t in args[:3]))
+        elif func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 @dataclass
@@ -23,16 +38,16 @@ class Share:
 
 def flops(model: nn.Module, run: Callable[[], Any]) -> tuple[dict[nn.Module, Share], int]:
     """The share of every module that `run` calls, and the total. Runs once, without gradients."""
-    counter = FlopCounterMode(display=False)
+    counter = _Counter()
     found: dict[nn.Module, Share] = {}
     begun: list[tuple[nn.Module, int]] = []
     handles = []
 
     def enter(module: nn.Module, args: Any) -> None:
-        begun.append((module, counter.get_total_flops()))
+        begun.append((module, counter.total))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        now = counter.get_total_flops()
+        now = counter.total
         while begun:
             who, then = begun.pop()
             if who is module:
@@ -50,7 +65,7 @@ def flops(model: nn.Module, run: Callable[[], Any]) -> tuple[dict[nn.Module, Sha
     finally:
         for handle in handles:
             handle.remove()
-    total = counter.get_total_flops()
+    total = counter.total
     for share in found.values():
         share.behind = total - share.behind
     return found, total

@@ -264,8 +264,8 @@ class Merge:
                     notes.append("the change of base moves the outputs further than the adapter does: the adapter was trained on another base")
                 return dataclasses.replace(report, notes=(*report.notes, *notes))
             dtypes = {t.dtype for t in (*mine.tensors, *wanted.tensors, *self.model.parameters()) if t.is_floating_point()}
-            ran = getattr(program, "program", None)  # it may compute in a coarser dtype than it returns
-            eps = max(torch.finfo(dtype).eps for dtype in dtypes | (set() if ran is None else meta.float_dtypes(ran.nodes)))
+            ran = getattr(program, "programs", ())  # they may compute in a coarser dtype than they return
+            eps = max(torch.finfo(dtype).eps for dtype in dtypes.union(*(meta.float_dtypes(each.nodes) for each in ran)))
             with self.rounded(eps, seed=0):
                 response = difference(mine, outputs(self.module(*args, **kwargs))).relative
         allowed = tolerance.merged(response, eps)
