@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, ViTConfig
 
 import fxopt
@@ -190,3 +192,13 @@ def test_view(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert said.startswith("<!doctype html>") and '"verified":true' in said and "tiny_models.py:" in said
     assert main(["view", "tiny_models:tiny", "-o", "none/graph.html", "--predict", "none", "--passes", ""]) == 3
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_locate(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["locate", "tiny_models:tiny", "--passes", "canonicalize"]) == 0
+    assert capsys.readouterr().out == "every output and every gradient of this step is finite\n"
+    save_file({"x": torch.tensor([[1.0, float("nan"), 0.0, 0.0]] * 3)}, here / "batch.safetensors")
+    assert main(["locate", "tiny_models:bare", "--passes", "canonicalize", "--batch", "batch.safetensors"]) == 4
+    assert "the input x is not finite" in capsys.readouterr().err
+    assert main(["locate", "tiny_models:bare", "--batch", "none.safetensors"]) == 3
+    assert "cannot be read" in capsys.readouterr().err

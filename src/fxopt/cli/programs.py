@@ -27,11 +27,11 @@ def model_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help=MODEL)
 
 
-def captured(arguments: argparse.Namespace, name: str | None = None, passes: str | None = None) -> tuple[Any, Any, Any]:
+def captured(arguments: argparse.Namespace, name: str | None = None, passes: str | None = None, batch: dict[str, Any] | None = None) -> tuple[Any, Any, Any]:
     """The model, the call and the program after all passes that the arguments say.
 
     Args:
-        name, passes: instead of those of the arguments.
+        name, passes: instead of those of the arguments. batch: keyword arguments to capture with, instead of an example's.
     """
     from fxopt.ir.capture import Call, capture
     from fxopt.ir.program import Sample
@@ -41,7 +41,8 @@ def captured(arguments: argparse.Namespace, name: str | None = None, passes: str
         pipeline = parse(arguments.passes if passes is None else passes)
     except PassError as error:
         raise UsageError(error.what, where=error.where, do=error.do) from error
-    model, args, kwargs = model_and_inputs(arguments.model if name is None else name, arguments.inputs)
+    model, args, kwargs = model_and_inputs(arguments.model if name is None else name, arguments.inputs if batch is None else [])
+    kwargs = kwargs if batch is None else batch
     model.train(arguments.train)
     call = Call.of(args, kwargs)
     program = capture(model, call)
