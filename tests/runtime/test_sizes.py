@@ -10,8 +10,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import fxopt
-from fxopt.errors import CallError, CaptureError
+from fxopt.errors import CallError, FxoptError, LowerError
 from fxopt.kernels.tolerance import same
+from fxopt.runtime.dry_run import run
 from fxopt.runtime.machine import measured
 
 
@@ -33,7 +34,7 @@ def test_memory_that_is_no_number_is_refused() -> None:
 def test_a_call_that_was_refused_is_not_the_one_that_plans_are_for() -> None:
     opt = linear()
     total = opt.plan().peak.total
-    with pytest.raises(CaptureError):
+    with pytest.raises(FxoptError):
         opt.plan((torch.ones(3, 5, 7),))
     assert opt.plan().peak.total == total
 
@@ -86,3 +87,39 @@ def test_rows_that_are_found_again_in_the_backward_have_the_sizes_of_the_dry_run
     packed.backward()
     assert same(packed, loss) and all(same(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
     assert any("live_rows" in node.name for node in opt.program.graph.nodes)
+
+
+class Routed(nn.Module):
+    """Rows go to one of two linears: how many to each depends on the data. The embedding's gradient is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.experts = nn.Embedding(7, 4, sparse=True), nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids).flatten(0, 1)
+        out = torch.zeros_like(x)
+        for at, expert in enumerate(self.experts):
+            rows = (ids.flatten() % 2 == at).nonzero().squeeze(1)
+            out = out.index_add(0, rows, expert(x[rows]))
+        return out.square().mean()
+
+
+def test_sizes_that_depend_on_data_and_sparse_gradients_are_planned() -> None:
+    model, ids = Routed(), torch.arange(15).view(3, 5) % 7
+    expected = torch.autograd.grad(model(ids), tuple(model.parameters()))
+    opt = fxopt.optimize(model, "memory(least)", inputs=(ids,))
+    assert opt.plan().peak.total > 0
+    for _ in range(2):  # once more with gradients that are there
+        opt(ids).backward()
+    assert model.embed.weight.grad.is_sparse
+    assert all(same(p.grad.to_dense(), 2 * g.to_dense()) for p, g in zip(model.parameters(), expected, strict=True))
+
+
+def test_what_cannot_be_predicted_is_named() -> None:
+    graph = torch.fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    x.meta["val"], y.meta["val"] = torch.empty(3), torch.empty(4)
+    graph.output((graph.call_function(torch.ops.aten.add.Tensor, (x, y)),))
+    with pytest.raises(LowerError, match="`add_tensor` takes cannot be predicted"):
+        run(torch.fx.GraphModule(nn.Module(), graph), int)

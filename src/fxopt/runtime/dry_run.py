@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from fxopt.errors import LowerError
 from fxopt.ir import meta
 from fxopt.kernels.blocks import two_only
 from fxopt.kernels.catalog import CATALOG
@@ -119,6 +120,8 @@ class _Counter(TorchDispatchMode):
         return out
 
     def _see(self, tensor: torch.Tensor) -> None:
+        if tensor.is_sparse:  # made of the tensors of its indices and values, which are counted
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         for table in (self.known, self.alive):
@@ -150,7 +153,7 @@ class _Counter(TorchDispatchMode):
         if func.namespace == "aten" and func._schema.name.split("::")[1] in _FREE:
             return
         read = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        touched = sum(_bytes(t) for t in (*read, *results))
+        touched = sum(_bytes(t) for t in (*read, *results) if not t.is_sparse)
         if touched <= NEAR:
             work.near += touched * self.times
         else:
@@ -191,13 +194,21 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> float:
 
 
 class _Interpreter(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, counter: _Counter) -> None:
+    """Where a size depends on data, a result has the size that `size` gives for the graph's value."""
+
+    def __init__(self, module: fx.GraphModule, counter: _Counter, size: Callable[[Any], int]) -> None:
         super().__init__(module)
-        self.counter = counter
+        self.counter, self.size = counter, size
 
     def run_node(self, n: fx.Node) -> Any:
         self.counter.node = n.name
-        return super().run_node(n)
+        try:
+            return super().run_node(n)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return pytree.tree_map(lambda val: _concrete(val, self.size), meta.value(n))
+        except Exception as error:
+            raise LowerError(f"what `{n.name}` takes cannot be predicted: {type(error).__name__}: {(str(error).splitlines() or [""])[0]}", where=str(meta.provenance(n)),
+                             do="leave out `memory`: `remat` and training need no prediction") from error
 
 
 def run(module: fx.GraphModule, size: Callable[[Any], int]) -> Ran:
@@ -205,6 +216,9 @@ def run(module: fx.GraphModule, size: Callable[[Any], int]) -> Ran:
 
     Args:
         size: the number that a symbolic size stands for.
+
+    Raises:
+        LowerError: an operation fails on fake tensors of such sizes.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     counter = _Counter()
@@ -216,11 +230,14 @@ def run(module: fx.GraphModule, size: Callable[[Any], int]) -> Ran:
                 counter.ignore(arg)
                 places[arg.untyped_storage()._cdata] = index
         with counter, two_only(counter.repeated):
-            found = _Interpreter(module, counter).run(*args)
+            found = _Interpreter(module, counter, size).run(*args)
     outputs: list[Value] = []
     for value in found:
         if not isinstance(value, torch.Tensor):
             outputs.append(Value(None, 0))
+            continue
+        if value.is_sparse:
+            outputs.append(Value(places.setdefault(id(value), -1 - len(places)), _bytes(value._indices()) + _bytes(value._values())))
             continue
         storage = value.untyped_storage()
         outputs.append(Value(places.setdefault(storage._cdata, -1 - len(places)), storage.nbytes()))

@@ -208,14 +208,14 @@ def weights_bytes(model: nn.Module) -> int:
 
 def concrete(size: int | torch.SymInt, env: dict[sympy.Symbol, int], shapes: tuple[tuple[int, ...], ...]) -> int:
     """A size in a call. One that depends on data counts as the largest it can be: of rows that are found live all, rounded as they are; else
-    the elements of the largest input of rank 2 at most."""
+    the samples times tokens (the first two sizes) of the largest input."""
     if not isinstance(size, torch.SymInt):
         return int(size)
     value = sympy.sympify(size.node.expr)
     live = most(size.node.shape_env)
     while more := {symbol: live[symbol] for symbol in value.free_symbols if symbol in live and symbol not in env}:  # rows that are live among live rows
         value = value.xreplace(more)
-    rows = max((torch.Size(shape).numel() for shape in shapes if len(shape) <= 2), default=1)
+    rows = max((torch.Size(shape[:2]).numel() for shape in shapes), default=1)
     return int(value.xreplace({symbol: sympy.Integer(env.get(symbol, rows)) for symbol in value.free_symbols}))
 
 
@@ -268,7 +268,7 @@ class Planned:
         self.planner = self.planner or Planner(binding, self.budget)
         device = tensors[0].device.type if tensors else "cpu"
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        gradients = sum(p.grad.untyped_storage().nbytes() for p in binding.model.parameters() if p.grad is not None)
+        gradients = sum(p.grad.untyped_storage().nbytes() for p in binding.model.parameters() if p.grad is not None and not p.grad.is_sparse)
         flags = tuple(t.requires_grad for t in tensors)
         shapes = tuple(tuple(t.shape) for t in tensors)
         quiet = tuple(runner.quiet for _, runner, *_ in binding.steps)

@@ -127,7 +127,8 @@ def step(model: nn.Module, run: Run, inputs: Sequence[torch.Tensor], seed: int, 
         floats = [o for o in outputs if isinstance(o, torch.Tensor) and o.is_floating_point() and o.requires_grad]
         if torch.is_grad_enabled() and floats and chosen_:
             losses = [o for o in floats if o.dim() == 0] or [_projected(o) for o in floats]
-            gradients = dict(zip(gradients, _gradients(torch.stack([x.double() for x in losses]).sum(), [p for _, p in chosen_])))
+            found = _gradients(torch.stack([x.double() for x in losses]).sum(), [p for _, p in chosen_])
+            gradients = {name: g.to_dense() if g is not None and g.is_sparse else g for name, g in zip(gradients, found)}
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
         plain = [o.detach().clone() if isinstance(o, torch.Tensor) else o for o in outputs]
     return Step(plain, gradients, buffers)
