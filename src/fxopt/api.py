@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from fxopt.adapting import Adapting, call_of
-from fxopt.certified import certified
+from fxopt.certified import bisected, certified
 from fxopt.dispatch import Dispatcher, Part, account, parts_report
 from fxopt.errors import CallError, FxoptError
 from fxopt.explain import Explanation, explain
@@ -21,6 +21,7 @@ from fxopt.ir.capture import Call
 from fxopt.ir.program import Program
 from fxopt.passes import presets
 from fxopt.passes.base import Pass
+from fxopt.passes.bisect import Culprit, Judge
 from fxopt.passes.certificate import Certificate
 from fxopt.passes.pipeline import Pipeline, pipeline
 from fxopt.runtime.binding import live_state
@@ -238,6 +239,20 @@ class Optimized(Adapting, nn.Module):
         lowered = self.dispatcher.last
         return certified(lowered.program, self.model, self.passes, call.tensors, lowered.binding, runs=runs, seed=seed, original=original, name=name,
                          inputs=named_inputs)
+
+    def bisect(self, predicate: Judge | None = None, *, certificate: Certificate | None = None, inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+               original: Mapping[str, torch.Tensor] | None = None) -> Culprit:
+        """The pass and the rewrite that make the program of a call wrong, with a script of under 60 lines that shows it, where there can be one.
+
+        Args:
+            predicate: `predicate(program)` is true of a wrong program; None: its certificate fails.
+            certificate: one that fails, from `verify`; None: made now. inputs: an example call; None: the last one. original: see `verify`.
+
+        Raises:
+            CheckError: nothing is wrong, or the program is wrong as captured.
+        """
+        call = self.sized_call(inputs)
+        return bisected(self.dispatcher.last.program, self.model, self.passes, call.tensors, predicate=predicate, certificate=certificate, original=original)
 
     def sized_call(self, inputs: tuple[Any, ...] | Mapping[str, Any] | None = None, *, batch: int | None = None, length: int | None = None) -> Call:
         """A call (None: the last one), which is captured now if it is of a new kind, with as many samples and tokens as wanted: its values

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 from fxopt.ir.program import Program
+from fxopt.passes.bisect import Culprit, Judge, bisect
 from fxopt.passes.certificate import Certificate
 from fxopt.passes.certify import certify
 from fxopt.passes.pipeline import Pipeline, applied
@@ -30,3 +31,10 @@ def certified(program: Program, model: nn.Module, passes: Pipeline, example: Seq
     with counting_adapters(model, program) as live:
         return certify(program, applied(program, passes), example, state, runs=runs, seed=seed, text=passes.text(), model=name or type(model).__name__,
                        inputs=inputs, run=run, live=live)
+
+
+def bisected(program: Program, model: nn.Module, passes: Pipeline, example: Sequence[torch.Tensor], *, predicate: Judge | None, certificate: Certificate | None,
+             original: Mapping[str, torch.Tensor] | None) -> Culprit:
+    """The pass and the rewrite that make a live model's program wrong: see `bisect`."""
+    state = base_state(model, list(program.history())[-1], original)
+    return bisect(program, applied(program, passes), example, state, predicate=predicate, certificate=certificate)

@@ -39,9 +39,17 @@ def model_and_inputs(name: str, inputs: Sequence[str] | None) -> tuple[Any, tupl
 
 
 def _from_factory(name: str) -> tuple[Any, Any]:
+    if ":" not in name:
+        raise UsageError(f"{name!r} names no model", do="write package.module:factory, or a folder that holds a config.json")
+    made = named(name)()
+    return made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+
+
+def named(name: str) -> Any:
+    """What `package.module:attribute` names."""
     module, _, attribute = name.partition(":")
     if not attribute:
-        raise UsageError(f"{name!r} names no model", do="write package.module:factory, or a folder that holds a config.json")
+        raise UsageError(f"{name!r} names nothing", do="write package.module:name")
     sys.path.insert(0, os.getcwd())  # a console script does not look there by itself
     try:
         factory = importlib.import_module(module)
@@ -51,8 +59,7 @@ def _from_factory(name: str) -> tuple[Any, Any]:
         if not hasattr(factory, part):
             raise UsageError(f"{module} has no {attribute!r}", where=name)
         factory = getattr(factory, part)
-    made = factory()
-    return made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    return factory
 
 
 def _from_folder(folder: Path, example: bool) -> tuple[Any, dict[str, Any] | None]:

@@ -98,8 +98,8 @@ class Edit:
     Use `call` and `state` to make nodes, `replace` to redirect uses, `missed` and `note` to say what did not happen.
     """
 
-    def __init__(self, program: Program, by: str, sample: Sample | None = None) -> None:
-        self.source, self.by, self.sample = program, by, sample
+    def __init__(self, program: Program, by: str, sample: Sample | None = None, fuel: int | None = None) -> None:
+        self.source, self.by, self.sample, self.fuel = program, by, sample, fuel
         self.graph, self.mapping = copy_graph(program.graph)
         self.slots: dict[str, Slot] = dict(program.slots)
         self.facts = set(program.facts)
@@ -121,6 +121,12 @@ class Edit:
     def outputs(self) -> list[Any]:
         """The flat outputs as edited so far: nodes or constants."""
         return list(next(reversed(self.graph.nodes)).args[0])
+
+    @property
+    def spent(self) -> bool:
+        """Whether so many rewrites were recorded as the edit may make: a pass with several sites asks before each, so that a wrong
+        one can be found by halving."""
+        return self.fuel is not None and len(self.rewrites) >= self.fuel
 
     @property
     def installed(self) -> Installed:
@@ -297,4 +303,4 @@ def effectful(node: fx.Node) -> bool:
         return True
     if node.op == "get_attr":
         return False
-    return node.is_impure() or random(node) or mutates(node)
+    return node.is_impure(impure_random=False) or random(node) or mutates(node)  # attention draws nothing without dropout, whatever its tag says

@@ -42,7 +42,7 @@ def normalize(edit: Edit) -> int:
     """
     before = len(edit.rewrites)
     for node in edit.nodes:
-        if called(node, *_ASSERTS):
+        if called(node, *_ASSERTS) and not edit.spent:
             edit.erase(node)
             edit.rewrote(rule_here("metadata assert"), node)
     _without_writes(edit)
@@ -117,7 +117,7 @@ def _spell_cast(edit: Edit, node: fx.Node) -> None:
 def _without_writes(edit: Edit) -> None:
     """In-place operators on values that nobody else can see become ordinary ones."""
     for node in edit.nodes:
-        if node.op != "call_function" or not mutates(node) or random(node):
+        if node.op != "call_function" or not mutates(node) or random(node) or edit.spent:
             continue
         target = _functional(node.target)
         if target is None:
@@ -221,7 +221,7 @@ def _without_no_ops(edit: Edit) -> None:
     output = next(reversed(edit.graph.nodes))
     for node in edit.nodes:
         rule = _RULES.get(node.target) if node.op == "call_function" else None
-        if rule is None:
+        if rule is None or edit.spent:
             continue
         x = node.args[0] if node.args else None
         if not isinstance(x, fx.Node) or not rule(node, x, flow):
@@ -331,7 +331,7 @@ def merge_equal(edit: Edit) -> None:
         if first is node:
             continue
         both_returned = node.op != "get_attr" and flow.roots[first] & flow.returned and flow.roots[node] & flow.returned
-        if both_returned:
+        if both_returned or edit.spent:
             continue  # the caller may write into one of them
         edit.replace(node, first, rule=rule_here("equal value"))
         edit.erase(node)

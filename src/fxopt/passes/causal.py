@@ -51,7 +51,7 @@ class Causal(Pass):
         flow = Flow(edit.graph, edit.slots)
         reader = Reader(edit.source.constants, {node for root in flow.written for node in flow.aliases[root]})
         for node in edit.nodes:
-            if called(node, aten.scaled_dot_product_attention.default):
+            if called(node, aten.scaled_dot_product_attention.default) and not edit.spent:
                 node = self._unmask(edit, reader, node)
                 if called(node, aten.scaled_dot_product_attention.default):
                     say_casts(edit, ungroup(edit, node))

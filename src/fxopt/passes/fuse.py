@@ -95,7 +95,7 @@ class Rule:
         flow = (flows or _Flows(edit)).now() if worth else None
         gone: set[fx.Node] = set()
         for node in worth:
-            if node in gone:
+            if node in gone or edit.spent:
                 continue
             found = self.matcher.at(node, lambda inputs, scalars: self._refusal(flow, inputs, scalars))
             if isinstance(found, Near):

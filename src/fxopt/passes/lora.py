@@ -91,7 +91,7 @@ class Lora(Pass):
         found = [site for site in adapters.find(edit.nodes, parameters) if site.name not in saved]
         kinds = self._choose(edit, found, parameters - saved)
         for site in found:
-            if site.name in kinds:
+            if site.name in kinds and not edit.spent:
                 adapters.rewrite(edit, site, self._config(edit, site.name, kinds[site.name]))
         if self.dropout and "embedding" in kinds.values():
             edit.note("dropout does not act on the adapters of embeddings: their inputs are ids")

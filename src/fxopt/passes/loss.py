@@ -74,7 +74,7 @@ class Loss(Pass):
             term = read_term(node) if node.users else None  # an earlier one may have replaced it, or what it reads
             if isinstance(term, str):
                 edit.missed("head and loss", node, term)
-            elif term is not None and not (term.reduction == "none" and _lazy(edit, node)):
+            elif term is not None and not edit.spent and not (term.reduction == "none" and _lazy(edit, node)):
                 self._fuse(edit, without_fill(term))
         edit.facts -= {fact for fact in edit.facts if isinstance(fact, Lazy) and edit.outputs[fact.index].name != fact.node}
 

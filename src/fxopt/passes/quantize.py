@@ -86,7 +86,7 @@ class Quantize(Pass):
             self._say_heads(edit, heads)
         plan = self._plan(edit, {name: users for name, users in reads.uses.items() if name not in refused})
         for name, chosen in plan.items():
-            for user in reads.uses[name]:
+            for user in reads.uses[name] if not edit.spent else ():
                 _rewrite(edit, self.name, name, chosen, user)
         edit.dead()
 

@@ -28,7 +28,7 @@ def fold(edit: Edit, ops: Iterable[str] = OPS) -> None:
     flow, blocks, learning = Flow(edit.graph, edit.slots), repeated(edit.nodes), reaching(edit.nodes, edit.outputs)
     for norm in edit.nodes:
         op = _FOLDED.get(norm.target) if norm.op == "call_function" else None
-        if op is None or op.name not in ops or not called(norm.args[0], aten.add.Tensor):
+        if op is None or edit.spent or op.name not in ops or not called(norm.args[0], aten.add.Tensor):
             continue
         if norm.args[0] in learning and norm not in learning:
             reason = "nothing takes a gradient through the norm's result, but through the sum"

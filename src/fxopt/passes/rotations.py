@@ -32,7 +32,7 @@ def tidy(edit: Edit) -> None:
 def widen(edit: Edit) -> None:
     """A rotation of the first columns, put back before the others, is a rotation of the whole: the op copies the rest."""
     for cat in edit.nodes:
-        if not called(cat, aten.cat.default) or len(cat.args[0]) != 2:
+        if edit.spent or not called(cat, aten.cat.default) or len(cat.args[0]) != 2:
             continue
         turned, rest = cat.args[0]
         if not called(turned, operator.getitem) or not called(turned.args[0], _ROPE) or not called(rest, aten.slice.Tensor):
@@ -67,7 +67,7 @@ def widen(edit: Edit) -> None:
 def narrow(edit: Edit) -> None:
     """A rotation of a widened tensor whose result is cast back: the op computes in the wide dtype and rounds once itself."""
     for single in edit.nodes:
-        if not called(single, _ROPE) or single.args[1] is not None or not called(single.args[0], CAST):
+        if edit.spent or not called(single, _ROPE) or single.args[1] is not None or not called(single.args[0], CAST):
             continue
         wide, (turned,) = single.args[0], single.users
         x = wide.args[0]

@@ -40,7 +40,7 @@ class Siblings(Pass):
             if node.target is LORA_LINEAR.forward.overload:
                 groups.setdefault(_kind(node), []).append(node)
         for group in groups.values():
-            if len(group) > 1:
+            if len(group) > 1 and not edit.spent:
                 _join(edit, group)
         edit.dead()
 
