@@ -207,7 +207,8 @@ class _Interpreter(fx.Interpreter):
         except (DataDependentOutputException, DynamicOutputShapeException):
             return pytree.tree_map(lambda val: _concrete(val, self.size), meta.value(n))
         except Exception as error:
-            raise LowerError(f"what `{n.name}` takes cannot be predicted: {type(error).__name__}: {(str(error).splitlines() or [""])[0]}", where=str(meta.provenance(n)),
+            said = next(iter(str(error).splitlines()), "")
+            raise LowerError(f"what `{n.name}` takes cannot be predicted: {type(error).__name__}: {said}", where=str(meta.provenance(n)),
                              do="leave out `memory`: `remat` and training need no prediction") from error
 
 
