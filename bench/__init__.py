@@ -1,4 +1,1 @@
-"""Measurements: `python -m bench.run` takes them, `python -m bench.report` writes docs/benchmarks.md from them.
-
-`python -m bench.architectures` writes docs/architectures.md.
-"""
+"""Measurements: `python -m bench.run` takes them, `python -m bench.report` writes docs/benchmarks.md from them."""

@@ -19,6 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from tests.zoo.entry import Batch, call_of
+
 KINDS = ("RMSNorm", "LayerNorm", "gated MLP", "RoPE", "loss")
 Sites = dict[str, Counter[str]]
 """For each kind, how many places there are in each module, by its path."""
@@ -29,7 +31,7 @@ _ROTATION = re.compile(r"_?apply_(multimodal_)?rotary")
 _SAME = 0.1  # what a probe of a norm may change by in 16 bits; anything else changes by about 1
 
 
-def count(model: nn.Module, inputs: dict[str, Any]) -> Sites:
+def count(model: nn.Module, batch: Batch) -> Sites:
     """The places that one training step of `model` goes through."""
     sites: Sites = {kind: Counter() for kind in KINDS}
     names = {module: name for name, module in model.named_modules()}
@@ -55,7 +57,8 @@ def count(model: nn.Module, inputs: dict[str, Any]) -> Sites:
     handles = [hook for module in names for hook in (module.register_forward_pre_hook(enter), module.register_forward_hook(leave))]
     try:
         with _rotations(model, rotated), _Losses(lost):
-            model(**inputs)
+            args, kwargs = call_of(batch)
+            model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
