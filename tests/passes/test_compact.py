@@ -17,13 +17,14 @@ from padded import Tokens, batch, here, padded_labels, program_of, right, shifte
 import fxopt
 from fxopt.errors import CheckError
 from fxopt.ir.program import Program, Sample
+from fxopt.kernels.live_attention import OVERLOAD as ATTENTION
 from fxopt.kernels.live_rows import OVERLOAD
 from fxopt.kernels.tolerance import same
 from fxopt.passes import compact as compacts, verify
 from fxopt.passes.compact import Compact
 from fxopt.passes.pack import Pack
 from fxopt.passes.pipeline import apply, run
-from tests.models import handwritten, pairs
+from tests.models import handwritten, llama, pairs, tokens
 
 
 def only_loss(model: Tokens, loss: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -46,9 +47,33 @@ class Deep(Tokens):
         return x + self.down(F.gelu(self.up(x)))
 
 
+class Separate(nn.Module):
+    """Queries, keys and values from products of their own; fewer heads of keys, which have no bias (its gradient would be rounding alone); `mask` false:
+    causal by the attention's own argument."""
+
+    def __init__(self, causal: bool, mask: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.q, self.k, self.v = nn.Embedding(97, 16), nn.Linear(16, 16), nn.Linear(16, 8, bias=False), nn.Linear(16, 8)
+        self.out, self.norm, self.causal, self.mask = nn.Linear(16, 16), nn.LayerNorm(16), causal, mask
+        self.double()
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        rows, length = ids.shape
+        x = self.embed(ids)
+        q, k, v = (part(x).view(rows, length, -1, 4).transpose(1, 2) for part in (self.q, self.k, self.v))
+        allowed = mask[:, None, None, :].bool()
+        if self.causal:
+            allowed = allowed & (torch.arange(length)[None] <= torch.arange(length)[:, None])
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=allowed if self.mask else None, is_causal=self.causal and not self.mask, enable_gqa=True)
+                         .transpose(1, 2).reshape(rows, length, 16))
+        return F.cross_entropy(F.linear(self.norm(x), self.embed.weight).view(-1, 97), labels.view(-1))
+
+
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "shifted": lambda: Deep(shifted), "padded labels": lambda: Deep(padded_labels), "both ways": lambda: Deep(here, causal=False),
-    "with logits": lambda: Deep(with_logits),
+    "with logits": lambda: Deep(with_logits), "queries": lambda: Separate(True), "queries, both ways": lambda: Separate(False),
+    "queries, no mask": lambda: Separate(True, mask=False),
 }
 
 
@@ -63,6 +88,7 @@ def programs(kind: str, packed: bool = False) -> tuple[nn.Module, Program, Progr
 def compare(kind: str, tensors: tuple[torch.Tensor, ...], packed: bool = False) -> None:
     model, before, after = programs(kind, packed)
     assert after.log[-1].rewrites, after.log[-1]
+    assert any(node.target is ATTENTION for node in after.nodes) == ("queries" in kind)
     state = dict(model.named_parameters())
     found = []
     for program in (before, after):
@@ -85,9 +111,11 @@ LABELS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("packed", [False, True])
+CASES = [(kind, packed) for kind in KINDS for packed in (False, True) if not (packed and kind == "queries, no mask")]
+
+
 @pytest.mark.parametrize("labels", LABELS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "packed"), CASES)
 def test_loss_and_gradients(kind: str, labels: str, packed: bool) -> None:
     ids, mask, target = batch(4, 6, right([6, 4, 1, 0], 6) if packed else None)
     compare(kind, (ids, mask, LABELS[labels](target).masked_fill(mask == 0, -100)), packed)
@@ -99,7 +127,8 @@ def test_random_labels(data: st.DataObject) -> None:
     rows, length = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 9))
     ids, mask, target = batch(rows, length, seed=data.draw(st.integers(0, 99)))
     drop = torch.rand(target.shape, generator=torch.Generator().manual_seed(length)) < data.draw(st.sampled_from((0.0, 0.5, 0.9, 1.0)))
-    compare(data.draw(st.sampled_from(sorted(KINDS))), (ids, mask, target.masked_fill(drop, -100)), data.draw(st.booleans()))
+    kind, packed = data.draw(st.sampled_from(CASES))
+    compare(kind, (ids, mask, target.masked_fill(drop, -100)), packed)
 
 
 @pytest.mark.parametrize("kind", ["shifted", "padded labels"])
@@ -116,6 +145,47 @@ def test_only_rows_that_count_are_computed(kind: str) -> None:
 
     after.watch(Sample((ids, mask, target), dict(model.named_parameters())), see)
     assert seen == {"qkv_0_weight": 36, "out_0_weight": 36, "qkv_1_weight": 36, "out_1_weight": 8, "up_weight": 8, "down_weight": 8}
+
+
+def rows_of(program: Program, model: nn.Module, tensors: tuple[torch.Tensor, ...]) -> dict[str, int]:
+    """For each weight of a linear layer, how many rows it is multiplied with."""
+    seen: dict[str, int] = {}
+
+    def see(node: torch.fx.Node, value: object, env: object) -> None:
+        if node.target is torch.ops.aten.linear.default and isinstance(value, torch.Tensor):
+            seen[str(node.args[1].target)] = value.shape[:-1].numel()
+
+    program.watch(Sample(tensors, dict(model.named_parameters())), see)
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["queries", "queries, both ways", "queries, no mask"])
+def test_queries_are_those_of_rows_that_count(kind: str) -> None:
+    model, _, after = programs(kind)
+    ids, mask, target = batch(4, 9)
+    target[:, :7] = -100
+    assert rows_of(after, model, (ids, mask, target)) == {"q.weight": 8, "k.weight": 36, "v.weight": 36, "out.weight": 8}
+
+
+@pytest.mark.parametrize("passes", ["compact", pytest.param("pack | compact", marks=pytest.mark.slow)])
+def test_queries_rotated_together_with_keys(passes: str) -> None:
+    """A rotation of both becomes one of each; through regions and in packed rows too. Returned logits are computed for all rows when they are read."""
+    model = llama(layers=1)
+    plain = copy.deepcopy(model)
+    data = tokens(3, 12, ignored=0.7)
+    opt = fxopt.optimize(model, f"canonicalize | causal(assume=false) | fuse | loss | {passes} | remat | dead_code", check=False)
+    found, expected = opt(**data), plain(**data)
+    found.loss.backward()
+    expected.loss.backward()
+    assert sum(node.target is ATTENTION for node in opt.program.nodes) == 1
+    assert all(same(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    assert same(found.logits + 0, expected.logits)
+    assert not any("attention" in str(node.target) and node.target is not ATTENTION for region in opt.dispatcher.last.schedule.regions for node in region.graph.nodes)
+
+
+def test_queries_whose_product_makes_keys_too_stay() -> None:
+    record = programs("both ways")[2].log[-1]
+    assert any("queries" in miss.rule and "also reads it" in miss.reason for miss in record.misses), record.misses
 
 
 def test_states_that_are_returned_end_it() -> None:

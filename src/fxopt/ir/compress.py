@@ -53,7 +53,7 @@ _BOUNDED: Mapping[str, frozenset[str] | None] = {
     # an attention's gradient is linear in its values and its result; its probabilities come from queries, keys and normalisers
     **dict.fromkeys(("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "aten::_scaled_dot_product_flash_attention_backward",
                      "aten::_scaled_dot_product_efficient_attention_backward", "aten::_scaled_dot_product_cudnn_attention_backward",
-                     "fxopt::packed_attention_backward"), frozenset({"value", "out"})),
+                     "fxopt::packed_attention_backward", "fxopt::live_attention_backward"), frozenset({"value", "out"})),
 }
 _POWERS = (2, 3)  # x^n is smooth and its derivatives are products
 

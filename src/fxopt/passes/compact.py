@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import sympy
@@ -18,6 +20,7 @@ from fxopt.ir.program import Lazy
 from fxopt.ir.rows import Layout, Mixed, Step, expression, step_of
 from fxopt.kernels.catalog import lora_linear, quantized_linear
 from fxopt.passes.base import Pass, Promise
+from fxopt.passes.row_attention import Attended, apart, attend, attended, rotated_together, step as attention_step
 from fxopt.passes.row_loss import LOSSES, RowLoss
 from fxopt.passes.row_plan import Plan, Stopped
 from fxopt.passes.row_space import OP_RULES, Space, Unsized
@@ -31,12 +34,13 @@ _LAYOUT = (aten.transpose.int, aten.permute.default, aten.unsqueeze.default, ate
 
 @dataclass(frozen=True)
 class Compact(Pass):
-    """rows that no loss counts go no further than the last attention
+    """rows that no loss counts go no further than their keys and values in the last attention
 
-    A row whose label is ignored matters only through what other rows read of it: in the last layer its keys and values. What comes
-    after (the projection of the attention, the residual, norms, the MLP, the final norm) is computed for the rows that
-    count alone; the loss op then has no others. It is proven operation by operation, backwards from the loss, that row r
-    of a value needs row r of the ones before; the first that mixes rows ends it. The loss and all gradients are equal.
+    A row whose label is ignored matters only through what other rows read of it: in the last layer its keys and values. All else
+    (queries: their projection, norm, rotation; the attention of these queries to all keys, its projection, the residual, norms, the MLP, the
+    final norm) is computed for the rows that count alone; the loss op then has no others. It is proven operation by operation, backwards from the loss, that row r
+    of a value needs row r of the ones before; the first that mixes rows ends it, attention aside, from which it goes on along the queries.
+    Queries stay those of all rows where their product also makes keys or values. The loss and all gradients are equal.
     Logits that the model also returns are computed, when the caller reads them, from what came before: for all rows, and
     equal. Values that are returned otherwise are computed for all rows, and end it too. A dropout in an adapter draws
     other masks of the same law.
@@ -58,7 +62,7 @@ class Compact(Pass):
     def run(self, edit: Edit) -> None:
         """Try every loss over rows."""
         for node in edit.nodes:
-            if node.op == "call_function" and node.target in LOSSES:
+            if node.op == "call_function" and node.target in LOSSES and not edit.spent:
                 try:
                     _compact(edit, node, self.multiple)
                 except (Stopped, Unsized) as stopped:
@@ -136,15 +140,18 @@ class _Reach:
     Attributes:
         steps: how each of those nodes is run on rows, in order.
         stops: why it ends, by the node at which it does.
+        attentions: those that are computed for the rows' queries alone; it goes on from their queries.
+        turned: rotations of queries and keys, taken as rotations of queries alone.
     """
 
-    def __init__(self, edit: Edit, loss: RowLoss, sizes: _Sizes) -> None:
-        self.edit, self.sizes, self.steps, self.stops = edit, sizes, {}, {}
+    def __init__(self, edit: Edit, loss: RowLoss, sizes: _Sizes, attentions: Mapping[fx.Node, Attended] = MappingProxyType({}),
+                 turned: frozenset[fx.Node] = frozenset()) -> None:
+        self.edit, self.sizes, self.steps, self.stops, self.attentions, self.turned = edit, sizes, {}, {}, attentions, turned
         nodes = edit.nodes
         lazy = _lazy(edit)
         inside: dict[fx.Node, Step] = {}
         for node in reversed(nodes[: nodes.index(loss.node)]):
-            readers = [user for user in node.users if user in inside or user is loss.node and node is loss.rows]
+            readers = [user for user in node.users if user in inside and self._of_rows(user, node) or user is loss.node and node is loss.rows]
             if node.op != "call_function" or not readers:
                 continue
             why = self._why_not(node, readers, lazy)
@@ -158,8 +165,17 @@ class _Reach:
                 if not moves or any(x in self.steps for x in node.all_input_nodes):
                     self.steps[node] = inside[node]
 
+    def _of_rows(self, user: fx.Node, node: fx.Node) -> bool:
+        if user in self.turned:
+            return node is not user.args[1]
+        return user not in self.attentions or node is self.attentions[user].query
+
+    def read(self, node: fx.Node) -> list[fx.Node]:
+        """What a step reads for its rows."""
+        return [self.attentions[node].query] if node in self.attentions else node.all_input_nodes
+
     def _why_not(self, node: fx.Node, readers: list[fx.Node], lazy: set[fx.Node]) -> str | None:
-        others = [user for user in node.users if user not in readers and user not in lazy]
+        others = [user for user in node.users if user not in readers and user not in lazy and not (node in self.turned and user.args[1] == 1)]
         if others:
             return f"`{others[0].name}` also reads it"
         if effectful(node) and (len(node.users) > len(readers) or any(user in lazy for user in node.users) or lazy):
@@ -171,6 +187,8 @@ class _Reach:
         return None if self._fits(node, step) else "its sizes do not show its rows"
 
     def _step(self, node: fx.Node) -> Step:
+        if node in self.attentions:
+            return attention_step(node, self.attentions[node], self.sizes.layout)
         if node.target is operator.getitem:
             layout = self.sizes.layout(node)
             if layout is None:
@@ -212,6 +230,7 @@ def _compact(edit: Edit, node: fx.Node, multiple: int) -> None:
     if not plan.cheap(loss.target):
         raise Stopped(node, "its labels are computed by the model")
     reach = _Reach(edit, loss, sizes)
+    reach = _further(edit, plan, loss, sizes, reach)
     if not any(called(x, *_PRODUCTS) for x in reach.steps):
         last, why = next(iter(reach.stops.items()), (rows, "the loss reads what mixes rows"))
         raise Stopped(last, f"no product of matrices lies between it and the loss: {why}")
@@ -222,16 +241,47 @@ def _compact(edit: Edit, node: fx.Node, multiple: int) -> None:
         size = tuple(_size(edit, plan, wanted, first, node) for wanted in (sizes.batch, sizes.seq))
     space = Space(edit, None, size, [loss.counted(edit, first)], [], False, True, multiple, loss.target, first, reach.steps)
     for each in reach.steps:
-        for x in each.all_input_nodes:
+        for x in reach.read(each):
             layout = sizes.layout(x)
             if layout is not None and x not in space.made and x not in reach.steps[each].aligned:
                 space.made[x] = space.gather(x, layout, each)
-        space.run(each)
+        if each in reach.attentions:
+            space.made[each] = attend(edit, space, each, reach.attentions[each])
+        else:
+            space.run(each)
     new = loss.build(edit, space)
     edit.erase(node)
     edit.rewrote(rule_here("rows that count"), new, node)
     ends = [x.name for x in reach.stops]
     edit.note(f"`{new.name}` and {len(reach.steps)} nodes before it, back to {', '.join(f'`{name}`' for name in ends[:3])}, are computed for rows that count")
+
+
+def _further(edit: Edit, plan: Plan, loss: RowLoss, sizes: _Sizes, reach: _Reach) -> _Reach:
+    """The reach through the attentions at which it ends, to the product that their queries come from; the same reach, with the reason said, where
+    none can be left out there: an attention of few rows is not worth a node of its own."""
+    found: dict[fx.Node, Attended] = {}
+    for node in reach.stops:
+        each = attended(node, plan)
+        if isinstance(each, str):
+            edit.missed("queries of rows that count", node, each)
+        elif each is not None:
+            found[node] = each
+    if not found:
+        return reach
+    turned = {node: both for node, each in found.items() if (both := rotated_together(each)) is not None}
+    tried = _Reach(edit, loss, sizes, found, turned=frozenset(turned.values()))
+    won = [x for x in tried.steps if called(x, *_PRODUCTS) and x not in reach.steps]
+    if not won:
+        node = next(iter(found))
+        new = [f"`{x.name}`: {why}" for x, why in tried.stops.items() if x not in reach.stops or x is node]
+        why = next((line for line in new if "also reads it" in line), next(iter(new), "no product lies before them"))
+        edit.missed("queries of rows that count", node, f"the product that its queries come from is needed for all rows ({why})")
+        return reach
+    if not turned:
+        return tried
+    for both in dict.fromkeys(turned.values()):
+        apart(edit, both)
+    return _Reach(edit, loss, sizes, {node: attended(node, plan) for node in found})  # what they read is made anew
 
 
 def _size(edit: Edit, plan: Plan, wanted: sympy.Expr, before: fx.Node, loss: fx.Node) -> fx.Node:

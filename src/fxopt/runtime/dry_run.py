@@ -23,11 +23,12 @@ from fxopt.errors import LowerError
 from fxopt.ir import meta
 from fxopt.kernels.blocks import two_only
 from fxopt.kernels.catalog import CATALOG
-from fxopt.kernels.op import Kernel
+from fxopt.kernels.live_attention import live_attention, live_attention_backward
 
 aten = torch.ops.aten
 NEAR = 4 << 20  # bytes: blocks of the fused ops, and what a core's cache and its share of the last level hold
-_KERNELS: dict[Any, Kernel] = {kernel.overload: kernel for op in CATALOG for kernel in op.kernels}
+_BODIES: dict[Any, Callable[..., Any]] = {kernel.overload: kernel.body for op in CATALOG for kernel in op.kernels} | {
+    torch.ops.fxopt.live_attention.default: live_attention, torch.ops.fxopt.live_attention_backward.default: live_attention_backward}
 _ATTENTION = {aten._scaled_dot_product_flash_attention_for_cpu.default: (0, 1.0),
               aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (1, 2.5)}
 
@@ -104,10 +105,10 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        kernel = _KERNELS.get(func)
-        if kernel is not None:
+        body = _BODIES.get(func)
+        if body is not None:
             with self:
-                return kernel.body(*args, **kwargs)
+                return body(*args, **kwargs)
         if func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:  # called from a body it comes whole
                 return func.decompose(*args, **kwargs)

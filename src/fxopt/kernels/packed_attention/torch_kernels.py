@@ -17,16 +17,16 @@ def on_cpu(query, key, value):
     return query.device.type == "cpu" and same and 0 not in (*query.shape, *key.shape)
 
 
-def cpu_forward(query, key, value, scale, causal):
-    """(out [batch, heads, seq, width], lse [batch, heads, seq]). Key and value may have fewer heads than query."""
+def cpu_forward(query, key, value, scale, causal, added=None):
+    """(out [batch, heads, seq, width], lse [batch, heads, seq]). Key and value may have fewer heads than query. `added` to the scores: their dtype."""
     query, key, value = map(_whole_rows, (query, key, value))
-    return aten._scaled_dot_product_flash_attention_for_cpu.default(query, key, value, 0.0, causal, scale=scale)
+    return aten._scaled_dot_product_flash_attention_for_cpu.default(query, key, value, 0.0, causal, attn_mask=added, scale=scale)
 
 
-def cpu_backward(dout, query, key, value, out, lse, scale, causal):
+def cpu_backward(dout, query, key, value, out, lse, scale, causal, added=None):
     """The gradients of query, key and value."""
     dout, query, key, value, out = map(_whole_rows, (dout, query, key, value, out))
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward.default(dout, query, key, value, out, lse, 0.0, causal, scale=scale)
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward.default(dout, query, key, value, out, lse, 0.0, causal, attn_mask=added, scale=scale)
 
 
 def varlen(query, value):
