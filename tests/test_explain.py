@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import fxopt
 from fxopt.errors import FxoptError
-from fxopt.explain import ADVICE, Explanation, arguments, explain, folded
+from fxopt.explain import ADVICE, LOOKS_FOR, Explanation, arguments, explain, folded
 from fxopt.passes.catalog import PASSES
 from fxopt.passes.pipeline import parse
 
@@ -99,6 +99,15 @@ def test_advice_is_for_reasons_that_exist() -> None:
     assert [words for words, _ in ADVICE if words not in sources] == []
 
 
+def test_a_pass_that_changed_nothing_says_what_it_looked_for() -> None:
+    said = explained("causal | dead_code | loss", depth=1)
+    notes = {step.text: step.notes for step in said.steps}
+    assert notes["causal"] == (f"changed nothing: there is no {LOOKS_FOR['causal'].removeprefix('a ')}",) and "nobody reads" in notes["dead_code"][-1]
+    loss = next(step for step in said.steps if step.text == "loss")
+    assert loss.did_not and loss.notes == ("changed nothing",), "the reasons are said once"
+    assert set(LOOKS_FOR) <= {cls.name for cls in PASSES}
+
+
 @given(st.sets(st.integers(0, 40), min_size=1), st.booleans())
 def test_folding_paths(numbers: set[int], reverse: bool) -> None:
     said = folded([f"model.layers.{number}.mlp" for number in sorted(numbers, reverse=reverse)])
@@ -112,5 +121,5 @@ def test_folding_paths(numbers: set[int], reverse: bool) -> None:
 
 
 def test_folding_paths_of_several_kinds() -> None:
-    assert folded(["", "a.0", "a.1", "b"]) == "<root>, a.0, 1, b" and folded(["a.0.b.3", "a.1.b.3"]) == "a.0, 1.b.3"
+    assert folded(["", "a.0", "a.1", "b"]) == "<root>, a.0 … 1, b" and folded(["a.0.b.3", "a.1.b.3"]) == "a.0 … 1.b.3"
     assert folded([f"m{i}.x" for i in "abcdef"]) == "ma.x, mb.x, mc.x, md.x and 2 more"

@@ -17,7 +17,7 @@ import torch.nn as nn
 from fxopt.errors import FxoptError
 from fxopt.ir import meta
 from fxopt.ir.capture import Call, guards
-from fxopt.ir.program import Miss, Program, Rewrite
+from fxopt.ir.program import Miss, Program, Record, Rewrite
 from fxopt.ir.regions import repeated_blocks
 from fxopt.ir.text import Symbols
 from fxopt.passes.base import Pass, Promise, literal
@@ -35,8 +35,8 @@ _VALUES = {"exact": "the same values, bit for bit", "same": "marks only: nothing
 ADVICE = (
     ("blocks are compiled apart", "nothing to do: each block is compiled by itself, so that equal ones are compiled once"),
     ("is the output head, which all-linear leaves out", "name it in targets to adapt it too"),
-    ("is the output head (quantize", "quantize(head=true) takes it too"),
-    ("is also read by", "let the second reader take the result instead, or compute what it needs by itself"),
+    ("the inner value", "let the second reader take the result instead, or compute what it needs by itself"),
+    ("is also read by", "the readers share one weight: untie them in the model's config if one of them is to be treated alone"),
     ("is tied to", "untie the two in the model's config if each should have its own"),
     ("written in place", "write the result into a new tensor in the model's code"),
     ("may depend on them", "use reshape where the model's code uses view"),
@@ -48,6 +48,15 @@ ADVICE = (
     ("the add broadcasts", "expand the smaller one in the model's code, if the fused op is worth its memory"),
     (" where the pattern ", "write the line as the pattern is written, if they should be the same"),
 )
+# What a pass looks for, said where it found none and nothing that nearly is one.
+LOOKS_FOR = {
+    "canonicalize": "a computation that is not in its one spelling yet",
+    "causal": "a scaled_dot_product_attention with a mask; attention that is written out as products and a softmax is not looked at",
+    "dead_code": "a node that nobody reads",
+    "fuse": "a norm, gated unit or rotary embedding as one of its patterns writes it",
+    "loss": "a cross entropy",
+}
+_NOTHING = "changed nothing: "
 
 
 @dataclass(frozen=True)
@@ -213,7 +222,15 @@ def _explained(stage: Program, prediction: Predicted | None) -> Explained:
     misses = [dataclasses.replace(miss, reason=_SIZES.sub(lambda found: symbols.rename(found[0]), miss.reason)) for miss in record.misses]
     label = (type(pass_).__doc__ or "").splitlines()[0]
     return Explained(record.text, label, promised(pass_.promise), record.before, record.after, round(record.ms, 3), _grouped(record.rewrites),
-                     _grouped(misses), record.notes, arguments(pass_), prediction)
+                     _grouped(misses), _notes(record, pass_), arguments(pass_), prediction)
+
+
+def _notes(record: Record, pass_: Pass) -> tuple[str, ...]:
+    """A record's notes. That nothing was changed is said without the reasons, which are there already, or with what was looked for."""
+    said = [note for note in record.notes if not note.startswith(_NOTHING)]
+    if len(said) < len(record.notes):
+        said.append("changed nothing" + (f": there is no {LOOKS_FOR[pass_.name].removeprefix('a ')}" if pass_.name in LOOKS_FOR and not record.misses and not said else ""))
+    return tuple(said)
 
 
 def promised(promise: Promise) -> str:
@@ -290,5 +307,5 @@ def _range(numbers: list[int]) -> str:
     if len(numbers) == 1:
         return str(numbers[0])
     if numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{numbers[0]} … {numbers[-1]}" if len(numbers) > 2 else f"{numbers[0]}, {numbers[1]}"
+        return f"{numbers[0]} … {numbers[-1]}"
     return "{" + ", ".join(map(str, numbers[:6])) + (", …" if len(numbers) > 6 else "") + "}"
