@@ -55,6 +55,7 @@ class PartDispatcher(Dispatcher):
 
     def __init__(self, root: WholeDispatcher, path: str, share: Share | None, group: Group) -> None:
         self.root, self.group, self.copied = root, group, False
+        self._passes: tuple[Pipeline, Pipeline] | None = None  # the root's, and what is left of it here
         super().__init__(Shell.of(root.model, path), root.passes, check=root.check, verify=root.verify)
         self.path, self.runners = path, root.runners
         self.fact = PartOf(path, last=share is not None and not share.behind, first=share is not None and not share.before)
@@ -64,8 +65,14 @@ class PartDispatcher(Dispatcher):
 
     @property
     def passes(self) -> Pipeline:
-        """The root's pipeline."""
-        return self.root.passes
+        """The root's pipeline, without passes that give results beside the loss other values: Python code may read those of a part."""
+        whole = self.root.passes
+        if self._passes is None or self._passes[0] is not whole:
+            kept = tuple(p for p in whole if p.promise.outputs != "declared")
+            for left in (p for p in whole if p not in kept):
+                self.root.note(f"{left} is not applied to parts: what it leaves out, the code around them may read")
+            self._passes = whole, whole if len(kept) == len(whole) else Pipeline(kept)
+        return self._passes[1]
 
     @property
     def active(self) -> str | None:  # type: ignore[override]
@@ -75,6 +82,11 @@ class PartDispatcher(Dispatcher):
     @active.setter
     def active(self, adapter: str | None) -> None:
         pass  # Dispatcher.__init__ sets it; the root keeps it
+
+    def key(self, call: Call) -> Any:
+        """As of any module; and which adapter is active, which may have no weight here."""
+        key = super().key(call)
+        return *key[:-1], (key[-1], self.active)
 
     def note(self, text: str) -> None:
         """Keep a sentence for the report, with the part's name."""

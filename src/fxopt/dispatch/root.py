@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
+import torch
 import torch.nn as nn
 
 from fxopt.dispatch.checking import SEED
@@ -19,6 +21,7 @@ from fxopt.runtime import adapted, selfcheck
 from fxopt.runtime.binding import routing
 from fxopt.runtime.flops import Share, flops
 from fxopt.runtime.python_random import kept_random
+from fxopt.runtime.smaller import first_samples, on
 
 
 class RootDispatcher(WholeDispatcher):
@@ -26,21 +29,21 @@ class RootDispatcher(WholeDispatcher):
 
     Attributes:
         parts: the parts, None if all kinds of call so far were captured whole.
-        in_parts: the kinds of call that run in parts.
+        in_parts: the kinds of call that run in parts, and what stood against the whole.
         partial: whether the latest call ran in parts; `last` is None then.
     """
 
     def __init__(self, model: nn.Module, passes: Pipeline, *, check: bool = True, verify: str | None = None) -> None:
         super().__init__(model, passes, check=check, verify=verify)
         self.parts: Parts | None = None
-        self.in_parts: set[Any] = set()
+        self.in_parts: dict[Any, Untraceable] = {}
         self.chosen: set[str] = set()
         self.partial = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RootDispatcher:
         new = super().__deepcopy__(memo)
         assert isinstance(new, RootDispatcher)
-        new.in_parts, new.chosen, new.partial = set(self.in_parts), set(self.chosen), self.partial
+        new.in_parts, new.chosen, new.partial = dict(self.in_parts), set(self.chosen), self.partial
         if self.parts is not None:
             new.parts = self.parts.copied(new, memo)
         return new
@@ -64,8 +67,11 @@ class RootDispatcher(WholeDispatcher):
             CaptureError: neither the whole nor a part of it can be captured.
         """
         self.refresh()
-        if self.parts is not None and self.key(call)[:-1] in self.in_parts:
+        known = self.in_parts.get(self.key(call)[:-1]) if self.parts is not None else None
+        if known is not None:
             self.example = Call(call.spec, call.leaves, tuple(t.detach() for t in call.tensors))
+            if self.active is not None and self.fresh:  # another adapter
+                self._capture_parts(call, known)
             self.last, self.partial = None, True
             return
         notes = len(self.notes)
@@ -111,7 +117,7 @@ class RootDispatcher(WholeDispatcher):
         self.installed, self._watched = adapted.installed(self.model), None
         if fresh:
             self._settle(self.parts)
-        self.in_parts.add(self.key(call)[:-1])
+        self.in_parts[self.key(call)[:-1]] = Untraceable(error.what, where=error.where, do=error.do)  # without its traceback
         if self.check:
             self._check_parts(call, self.parts)
 
@@ -148,7 +154,7 @@ class RootDispatcher(WholeDispatcher):
             records = [record for _, lowered in programs for record in lowered.program.log if record.text == pass_.text()]
             if pass_.must_fire and not any(record.rewrites for record in records):
                 why = list(dict.fromkeys(note for record in records for note in record.notes))
-                raise PassError(f"{pass_} changed nothing in any part: {'; '.join(why[:4])}", do="change its arguments, or take it out of the pipeline")
+                raise PassError(f"{pass_} changed nothing in any part: {'; '.join(why[:4]) or 'there is none'}", do="change its arguments, or take it out of the pipeline")
         if self.active is not None:
             adapted.activate(self.model, self.active)
             self.chosen.add(self.active)
@@ -186,21 +192,30 @@ class RootDispatcher(WholeDispatcher):
         if any(program.training for program in programs) and any(getattr(p, "dropout", 0.0) for p in self.passes):
             parts.checks.append("the whole step was not compared: an adapter's dropout acts in graphs only; each part was compared without it")
             return
-        if any(p.promise.outputs == "declared" for p in self.passes):
-            parts.checks.append("the whole step was not compared: a pass declares other outputs; each part was compared")
-            return
 
         def original(given: Any) -> Any:
             with kept_random():
                 return self._original(call, given)
 
-        expected = self._step(call, original, None)
+        tried, expected = call, None
+        small = first_samples(call)
+        if small is not None:
+            with contextlib.suppress(RuntimeError, ValueError, IndexError):  # code that takes one batch size only
+                expected = self._step(tried := small, original, None)
+        if expected is None or not _usable(expected.outputs):
+            tried, expected = call, self._step(call, original, None)
         try:
-            found = self._parted_step(call, parts, None)
+            found = self._parted_step(tried, parts, None)
         except RuntimeError as error:
             raise CaptureError(f"a step in parts fails: {error}", where=type(self.model).__name__, do="run the model as it is") from error
         dtypes = {d for p in programs for d in meta.float_dtypes(p.nodes) - meta.float_dtypes(list(p.history())[-1].nodes)}
 
         outcome = selfcheck.compare(self.model, expected, found, f"{type(self.model).__name__} in parts",
-                                    lambda: selfcheck.rounded(self.model, original, call.tensors, SEED), dtypes)
-        parts.checks.append(f"a whole step in parts against the model: {outcome}")
+                                    lambda: selfcheck.rounded(self.model, original, tried.tensors, SEED), dtypes)
+        parts.checks.append(f"a whole step in parts against the model: {outcome}{on(tried, call)}")
+
+
+def _usable(outputs: list[Any]) -> bool:
+    """Whether a step says something: all numbers finite, and no loss that is zero."""
+    found = [o for o in outputs if isinstance(o, torch.Tensor) and o.is_floating_point()]
+    return all(bool(o.isfinite().all()) for o in found) and all(float(o) != 0.0 for o in found if o.dim() == 0)

@@ -35,6 +35,12 @@ def smaller(program: Program, guards: ShapeGuards, call: Call, sequences: bool =
             yield found
 
 
+def first_samples(call: Call) -> Call | None:
+    """A call with the first samples only; None if it has no more, or its tensors' first dimensions differ."""
+    samples = _samples(call)
+    return None if samples is None else _cut(call, samples, {})
+
+
 def on(part: Call, call: Call) -> str:
     """What a check ran on, for the report; nothing if that is the whole call."""
     return "" if part is call else f"; on sizes {', '.join(str(tuple(t.shape)) for t in part.tensors)}"
