@@ -19,6 +19,7 @@ from fxopt.explain import Explanation, explain
 from fxopt.ir import text
 from fxopt.ir.capture import Call
 from fxopt.ir.program import Program
+from fxopt.ir.regions import repeated_blocks
 from fxopt.passes import presets
 from fxopt.passes.base import Pass
 from fxopt.passes.bisect import Culprit, Judge
@@ -27,6 +28,7 @@ from fxopt.passes.pipeline import Pipeline, pipeline
 from fxopt.runtime.binding import live_state
 from fxopt.runtime.locate import NonFinite, locate
 from fxopt.runtime.plan import Plan, planned, planner
+from fxopt.runtime.precision_time import predicted as predicted_precision
 from fxopt.runtime.sizes import largest, resized
 
 Passes = str | Pass | Pipeline | Iterable[str | Pass | Pipeline]
@@ -191,6 +193,7 @@ class Optimized(Adapting, nn.Module):
             return "nothing was captured yet"
         lines = [text.report(self.program) if lowered is not None else parts_report(self.dispatcher.parts)]
         lines += [f"check: {line}" for line in lowered.checks] if lowered is not None else []
+        lines += predicted_precision(self.program, repeated_blocks(self.model)) if lowered is not None else []
         lines += [f"note: {line}" for line in self.dispatcher.notes]
         return "\n".join(lines)
 
