@@ -14,6 +14,7 @@ from fxopt.errors import CallError, FxoptError, LowerError
 from fxopt.kernels.tolerance import same
 from fxopt.runtime.dry_run import run
 from fxopt.runtime.machine import measured
+from fxopt.runtime.sizes import measure
 
 
 def linear() -> fxopt.Optimized:
@@ -29,6 +30,11 @@ def test_a_size_that_is_none_is_refused(wrong: dict[str, Any]) -> None:
 def test_memory_that_is_no_number_is_refused() -> None:
     with pytest.raises(CallError, match="number of bytes"):
         linear().largest_call("6GiB")  # type: ignore[arg-type]
+
+
+def test_a_step_of_a_frozen_model_is_not_measured() -> None:
+    with pytest.raises(CallError, match="no parameter takes a gradient"):
+        measure(lambda: torch.zeros(()), None, [])  # type: ignore[arg-type]
 
 
 def test_a_call_that_was_refused_is_not_the_one_that_plans_are_for() -> None:

@@ -93,7 +93,12 @@ def measure(run: Callable[[], torch.Tensor], plan: Plan, parameters: Sequence[to
     Args:
         run: gives the loss. plan: of the step; what it counts beside the activations is added to what the allocator saw.
         parameters: whose gradients are dropped before each run.
+
+    Raises:
+        CallError: there is none, so that no step can be run.
     """
+    if not parameters:
+        raise CallError("no parameter takes a gradient, so there is no step to measure", do="unfreeze some, or add adapters: --passes \"lora(rank=8) | ...\"")
     device = parameters[0].device
 
     def step() -> None:
