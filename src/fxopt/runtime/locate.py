@@ -219,14 +219,20 @@ def _makes(node: fx.Node, values: Mapping[fx.Node, Range]) -> bool:
 
 
 def _backward(program: Program, replay: _Replay) -> NonFinite | None:
-    """The culprit of a gradient that is not finite: the node whose own gradient is finite, and one of whose inputs' is not."""
-    for node in reversed(program.nodes):
+    """The culprit of a gradient that is not finite: the first node in the order of the backward that adds one to an input's gradient, or
+    for whose own gradient its readers add up finite ones to one that is not."""
+    added: dict[fx.Node, list[Range]] = {}  # by what is read
+    by_reader: dict[fx.Node, list[Range]] = {}
+    for (reader, source), found in replay.edges.items():
+        added.setdefault(source, []).append(found)
+        by_reader.setdefault(reader, []).append(found)
+    for node in reversed(program.nodes):  # readers come first
         own = replay.gradients.get(node)
-        if own is not None and own.bad and not any(found.bad for (_, source), found in replay.edges.items() if source is node):
-            return _said(program, replay, node, "backward", own, [found for (_, source), found in replay.edges.items() if source is node])
-        bad = [found for (reader, _), found in replay.edges.items() if reader is node and found.bad]
-        if bad and (own is None or not own.bad):
-            return _said(program, replay, node, "backward", bad[0])
+        if own is not None and own.bad:
+            return _said(program, replay, node, "backward", own, added.get(node, []))
+        bad = next((found for found in by_reader.get(node, []) if found.bad), None)
+        if bad is not None:
+            return _said(program, replay, node, "backward", bad)
     return None
 
 

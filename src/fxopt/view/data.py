@@ -65,7 +65,12 @@ def data(program: Program, model: nn.Module, call: Call, *, predict: str = "ends
             except FxoptError as error:
                 notes.append(f"no prediction {f'after {stage.log[-1].text}' if at else 'for the program as captured'}: {error.what}")
         number = numbers(guards(stage).bind(shapes), shapes)
-        work = found.work if found is not None else forward_work(stage, blocks, number)
+        work: Mapping[str, dry_run.Work] = found.work if found is not None else {}
+        if found is None:
+            try:
+                work = forward_work(stage, blocks, number)
+            except FxoptError as error:
+                notes.append(f"no costs of nodes {f'after {stage.log[-1].text}' if at else 'as captured'}: {error.what}")
         shown.append(_stage(table, stage, number, work, found, off[at], said.steps[at - 1] if at else None))
     return {"format": FORMAT, "model": said.model, "passes": said.passes, "sizes": {name: list(shape) for name, shape in said.sizes.items()},
             "notes": notes, "verified": errors, "strings": list(table.strings.found), "rows": [list(row) for row in table.rows], "stages": shown}
