@@ -167,8 +167,7 @@ class Dispatcher(Checking):
         kinds = tuple((t.dtype, t.dim(), t.device, t.requires_grad) for t in call.tensors)
         device = call.tensors[0].device.type if call.tensors else "cpu"
         modes = torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return (call.spec, tuple(constants), kinds, modes, self.watched.attributes(),
-                tuple((p.requires_grad, p.dtype, p.shape) for p in self.model.parameters()))
+        return call.spec, tuple(constants), kinds, modes, self.watched.attributes(), self.watched.parameters()
 
     def _variant(self, entry: Entry, call: Call, check: Call | None = None) -> Lowered:
         """The entry's program for a call: with the assumptions if the call meets them, else without. Made when first needed.

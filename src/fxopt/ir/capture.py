@@ -270,6 +270,19 @@ def inline_regions(graph: fx.Graph, constants: dict[str, Any]) -> None:
                 _splice(graph, constants, node, body, args, casts, detach=node.target is _GRAD_MODE and not node.args[0])
 
 
+def _detach_sources(graph: fx.Graph, node: fx.Node) -> None:
+    """What an operator of a no_grad region writes somewhere (a running mean in a buffer, say) carries no gradient there."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return
+    for i, (arg, formal) in enumerate(zip(node.args, schema.arguments)):
+        if isinstance(arg, fx.Node) and meta.tensor(arg) is not None and not (formal.alias_info is not None and formal.alias_info.is_write):
+            with graph.inserting_before(node):
+                source = graph.call_function(aten.detach.default, (arg,))
+            source.meta = dict(arg.meta)
+            node.update_arg(i, source)
+
+
 def without_out(graph: fx.Graph) -> None:
     """An operator that writes into a tensor it is given (`out=`) becomes one that does not, and a copy into that tensor.
 
@@ -342,6 +355,8 @@ def _splice(graph: fx.Graph, constants: dict[str, Any], node: fx.Node, body: fx.
             env[old] = graph.node_copy(old, lambda arg: now.get(arg, env[arg]))
             env[old].meta = dict(old.meta)
             env[old].meta[meta.PROVENANCE] = meta.from_capture(old)
+            if detach and old.op == "call_function":
+                _detach_sources(graph, env[old])
             if old.op == "get_attr":
                 name = f"{body.target}.{old.target}"
                 constants[name], env[old].target = _attribute(inner, old.target), name
