@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fxopt.errors import PassError
 from fxopt.passes.base import Pass
 from fxopt.passes.canonicalize import Canonicalize
 from fxopt.passes.causal import Causal
@@ -39,6 +40,9 @@ def finetune(rank: int = 16, alpha: float | None = None, quantize: str | None = 
     Raises:
         PassError: an argument that the passes do not take.
     """
+    for name, value in (("remat", remat), ("pack", pack)):
+        if not isinstance(value, bool):
+            raise PassError(f"finetune: {name} must be True or False, got {value!r}")
     adapters = Lora(rank, alpha, targets if isinstance(targets, str) else tuple(targets))
     stored: tuple[Pass, ...] = (build("quantize", quantize),) if quantize is not None else ()
     rows: tuple[Pass, ...] = (build("pack"), build("compact")) if pack else ()

@@ -175,7 +175,8 @@ class Planner:
         if limit is None:
             return best
         if peak.total > limit:
-            raise CallError(f"memory({size(limit)}) cannot hold this step: the least that it can be made to take is {size(peak.total)}",
+            more = "" if size(limit) != size(peak.total) else f" ({peak.total - limit} bytes more)"
+            raise CallError(f"memory({size(limit)}) cannot hold this step: the least that it can be made to take is {size(peak.total)}{more}",
                             where=f"the {peak.phase} of {peak.place}, at {peak.node or 'its start'}",
                             do=f"give memory({-(-peak.total // 1024**2)}MiB) or more, or shorter or fewer samples; "
                                + ", ".join(f"{name} {size(bytes_)}" for name, bytes_ in peak.parts.items() if bytes_))
