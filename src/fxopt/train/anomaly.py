@@ -26,6 +26,8 @@ def _bad(value: Any) -> bool:
 def first_not_finite(model: nn.Module, batch: Batch) -> str:
     """The operation (of an optimized model) or the module (of another) that first makes NaN or infinity of a batch out of finite numbers,
     with its place in the user's code; empty if none does. Minus infinity alone counts as a mask. One forward; nothing is changed."""
+    if _bad(batch):
+        return "its inputs"
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.numel() < 1 << 20}  # running statistics
     try:
         with isolated():
@@ -38,6 +40,8 @@ def first_not_finite(model: nn.Module, batch: Batch) -> str:
 
 def _in_graph(model: Any, batch: Batch) -> str:
     program = model.prepare(batch)
+    if program is None:  # it runs in parts
+        return _in_modules(model.model, batch)
     given = Call.of((), dict(batch)) if isinstance(batch, dict) else Call.of(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {})
     found: list[fx.Node] = []
 

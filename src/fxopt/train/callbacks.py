@@ -86,7 +86,7 @@ class State:
         """
         if isinstance(value, Tensor) and value.numel() != 1:
             raise DataError(f"{name} has {value.numel()} values; a row of the log holds single numbers", where="State.log", do="log its mean, or each under its own name")
-        self.logged[name] = float(value)
+        self.logged[name] = float(value.detach() if isinstance(value, Tensor) else value)
 
 
 class Callback:

@@ -51,7 +51,7 @@ class Means:
         if isinstance(value, Tensor) and value.numel() != 1:
             raise DataError(f"{name} has {value.numel()} values; single numbers are averaged.", where="a metric", do="Log its mean, or give it as a metric.")
         total, weights = self.sums.get(name, (0.0, 0.0))
-        self.sums[name] = total + float(value) * weight, weights + weight
+        self.sums[name] = total + float(value.detach() if isinstance(value, Tensor) else value) * weight, weights + weight
 
     def results(self) -> dict[str, float]:
         """The means; NaN where the weights are all 0. Forgets everything."""

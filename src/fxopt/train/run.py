@@ -106,7 +106,8 @@ class Run:
     """Hashes of the programs that batches ran through."""
     known_graphs: set[str] = field(default_factory=set)
     """Those of the checkpoint."""
-    last_program: Any = None
+    hashed: list[Any] = field(default_factory=list)
+    """The programs themselves."""
     resumed: bool = False
     """The state was restored, and the next epoch or step goes on where it stood."""
 
@@ -180,14 +181,15 @@ class Run:
 
     def _note_graph(self) -> None:
         """Remember the hash of the program that a batch runs through; of a resumed run, compare it with those of the checkpoint."""
-        last = getattr(getattr(self.task.module, "dispatcher", None), "last", None)
-        if last is None or last.program is self.last_program:
-            return
-        self.last_program = last.program
-        number = hashlib.sha256(text(last.program).encode()).hexdigest()
-        if self.known_graphs and number not in self.known_graphs:
-            log.warning("fxopt: the graph of batch %d was not among those of the checkpoint (another torch, or inputs of a new kind): results may differ in the last bits", self.state.batch)
-        self.graphs.add(number)
+        if not self.counter.optimized or self.counter.count is not None and not self.graphs and getattr(self.task.module.dispatcher, "last", None) is None:
+            return  # nothing was captured yet
+        new = [program for program in self.task.module.programs if program not in self.hashed]  # type: ignore[union-attr]
+        self.hashed += new
+        for program in new:
+            number = hashlib.sha256(text(program).encode()).hexdigest()
+            if self.known_graphs and number not in self.known_graphs:
+                log.warning("fxopt: the graph of batch %d was not among those of the checkpoint (another torch, or inputs of a new kind): results may differ in the last bits", self.state.batch)
+            self.graphs.add(number)
 
     def _scaler_of(self, batch: Batch) -> None:
         """A loss scaler, if the program of the first batch has gradients in fp16."""

@@ -159,6 +159,15 @@ class Saver:
             run.events(Callback.on_saved, run.state, path)
             run.journal.artifact(path)
 
+    def settle(self, error: BaseException) -> None:
+        """The run ends with an error: let a checkpoint that is being written become whole. Its own failure is a note to the error."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.failed is not None and self.failed is not error:
+            error.add_note(f"A checkpoint failed too: {self.failed}")
+        self.failed = None
+
     def _write(self, snapshot: Snapshot, path: Path, facts: Mapping[str, Any]) -> None:
         folders.write(path, lambda writer: fill(snapshot, writer, self.adapter), facts, self.last_good)
         self.last_good = path

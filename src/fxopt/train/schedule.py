@@ -66,7 +66,7 @@ def make_schedule(name: str, steps: int, warmup: int = 0, **settings: float) -> 
     def factor(step: int) -> float:
         if step < warmup:
             return step / warmup
-        return shape((step - warmup) / max(1, steps - warmup), **settings)
+        return shape(min(1.0, (step - warmup) / max(1, steps - warmup)), **settings)
 
     return factor
 

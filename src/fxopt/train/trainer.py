@@ -266,6 +266,8 @@ class Trainer:
                 run.saver.save(run, wait=True)
         except BaseException as error:
             run.events(Callback.on_exception, state, error)
+            if run.saver is not None:
+                run.saver.settle(error)
             if folder is not None and state.history:
                 self._save_adapter(run, folder)  # the weights are those of the last finished step
             if run.saver is not None and isinstance(error, Exception):
