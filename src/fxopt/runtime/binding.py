@@ -146,7 +146,7 @@ class Binding:
                 quiet = [i for i, name in enumerate(region.outputs) if name not in later and not self._scalar(program, name)]
             key = region.key, tuple(quiet)
             runner = runners.get(key)
-            if runner is None:
+            if runner is None or runner.fixed:
                 runner = runners[key] = RegionRunner(region, program.fake_mode, quiet)
             block = model.get_submodule(region.path) if region.path is not None else None
             if block is not None:

@@ -7,11 +7,13 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
 import torch.fx as fx
 
 from fxopt.errors import LowerError
 from fxopt.ir import joint as joints
+from fxopt.ir import meta
 from fxopt.ir.compress import Compressed
 from fxopt.ir.edit import effectful
 from fxopt.ir.partition import Policy, Split, split
@@ -51,6 +53,7 @@ class RegionRunner:
         self.joints: dict[Any, tuple[joints.Joint, tuple[bool, ...]]] = {}
         self.compiled: dict[Any, Compiled] = {}
         self.influences = influences(region)
+        self.fixed: dict[tuple[int, int], Any] = {}  # sizes that tracing the backward fixed, by (argument, dimension)
         self.inference = fx.GraphModule(dict(region.modules), region.graph)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RegionRunner:
@@ -62,10 +65,27 @@ class RegionRunner:
         key = requires_grad, self.quiet, autocast
         if key not in self.joints:
             only = [i for i in range(len(self.region.outputs)) if i not in self.quiet] if self.quiet else None
+            before = self._sizes()
             traced = joints.trace(self.region, requires_grad, self.fake_mode, only=only)
+            after = self._sizes()
+            self.fixed.update((place, size) for place, size in after.items() if size != before[place])
             possible = differentiable_outputs(self.region, requires_grad)
             self.joints[key] = traced, tuple(d or (i in self.quiet and possible[i]) for i, d in enumerate(traced.differentiable))
         return self.joints[key]
+
+    def _sizes(self) -> dict[tuple[int, int], Any]:
+        """What the trace knows of each size of each argument, by (argument, dimension): a symbol, an expression or a number."""
+        shapes = ((i, meta.value(node)) for i, node in enumerate(n for n in self.region.graph.nodes if n.op == "placeholder"))
+        return {(i, d): sympy.sympify(size.node.expr if isinstance(size, torch.SymInt) else size)
+                for i, value in shapes if isinstance(value, torch.Tensor) for d, size in enumerate(value.shape)}
+
+    def covers(self, args: Sequence[Any]) -> bool:
+        """Whether the graphs hold for arguments of these sizes. The backward of some operators fixes a size when it is traced (that of a
+        cumulative product does), which the forward, and so the guards of a program that has not run, know nothing of."""
+        if not self.fixed:
+            return True
+        bound = {size: args[i].shape[d] for (i, d), size in self._sizes().items() if size.is_Symbol}
+        return all(size.subs(bound) == args[i].shape[d] for (i, d), size in self.fixed.items())
 
     def compile(self, requires_grad: tuple[bool, ...], autocast: torch.dtype | None, policy: Policy) -> Compiled:
         """The graphs for arguments of which these require a gradient, with the saved values that the policy chooses."""
@@ -90,6 +110,8 @@ class RegionRunner:
         device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         compiled = self.compile(requires_grad, autocast, policy)
+        if not self.covers(args):
+            return tuple(self.inference(*args))  # operator by operator, by ordinary autograd: slower, and right for all sizes
         # a joint graph holds its casts: running it under autocast would cast again
         with torch.autocast(device, enabled=False) if autocast is not None else contextlib.nullcontext():
             out = _RegionFunction.apply(self, compiled, *args)
