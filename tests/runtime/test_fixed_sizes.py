@@ -1,4 +1,4 @@
-"""Operators whose backward fixes a size when it is traced: calls of other sizes have their own gradients all the same."""
+"""Operators whose backward fixes a size when it is traced, or cannot be traced: gradients are those of eager code all the same."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import fxopt
 from fxopt.kernels.tolerance import same
@@ -38,3 +39,28 @@ def test_every_length_has_its_gradients(check: bool, first: int) -> None:
         assert same(losses[0].detach(), losses[1].detach())
         for (name, a), b in zip(eager.named_parameters(), opt.model.parameters(), strict=True):
             assert same(a.grad, b.grad), (name, length)
+
+
+class Warped(nn.Module):
+    """The backward of an affine grid takes no symbolic sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where = nn.Linear(3, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        grid = F.affine_grid(self.where(x.mean((2, 3))).view(-1, 2, 3), list(x.shape), align_corners=False)
+        return F.grid_sample(x, grid, align_corners=False).square().mean()
+
+
+def test_what_has_no_joint_graph_runs_and_is_said() -> None:
+    torch.manual_seed(0)
+    model = Warped()
+    eager, opt = copy.deepcopy(model), fxopt.optimize(model)
+    for batch in (2, 3):
+        x = torch.randn(batch, 3, 6, 6)
+        for each in (eager, opt):
+            each.zero_grad()
+            each(x).backward()
+        assert same(eager.where.weight.grad, opt.model.where.weight.grad) and float(eager.where.weight.grad.norm()) > 0
+    assert "runs operator by operator" in opt.report

@@ -53,6 +53,7 @@ class RegionRunner:
         self.joints: dict[Any, tuple[joints.Joint, tuple[bool, ...]]] = {}
         self.compiled: dict[Any, Compiled] = {}
         self.influences = influences(region)
+        self.untraced = ""
         self.fixed: dict[tuple[int, int], Any] = {}  # sizes that tracing the backward fixed, by (argument, dimension)
         self.inference = fx.GraphModule(dict(region.modules), region.graph)
 
@@ -72,6 +73,18 @@ class RegionRunner:
             possible = differentiable_outputs(self.region, requires_grad)
             self.joints[key] = traced, tuple(d or (i in self.quiet and possible[i]) for i, d in enumerate(traced.differentiable))
         return self.joints[key]
+
+    def traceable(self, requires_grad: tuple[bool, ...], autocast: torch.dtype | None) -> bool:
+        """Whether there is a joint graph. If an operator's backward cannot be traced, the region runs operator by operator, by ordinary
+        autograd: `untraced` says why, and the log, once."""
+        if not self.untraced:
+            try:
+                self.joint(requires_grad, autocast)
+            except LowerError as error:
+                place = self.region.path or "what lies between the blocks"
+                self.untraced = f"{place} runs operator by operator, with all that eager code saves: {error.what}"
+                log.warning("fxopt: %s", self.untraced)
+        return not self.untraced
 
     def _sizes(self) -> dict[tuple[int, int], Any]:
         """What the trace knows of each size of each argument, by (argument, dimension): a symbol, an expression or a number."""
@@ -109,6 +122,8 @@ class RegionRunner:
             return self._infer(args)
         device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if not self.traceable(requires_grad, autocast):
+            return tuple(self.inference(*args))
         compiled = self.compile(requires_grad, autocast, policy)
         if not self.covers(args):
             return tuple(self.inference(*args))  # operator by operator, by ordinary autograd: slower, and right for all sizes
