@@ -50,6 +50,7 @@ class Browser:
         self.session = self.send("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Log", "Runtime"):
             self.send(f"{domain}.enable")
+        self.send("Performance.enable", timeDomain="threadTicks")
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
         """One command; events that come before its answer are looked at."""
@@ -108,6 +109,10 @@ class Browser:
         if "exceptionDetails" in found:
             raise RuntimeError(found["exceptionDetails"]["exception"].get("description", "an exception"))
         return found["result"].get("value")
+
+    def busy(self) -> float:
+        """Seconds that the page's main thread has computed (not waited for a core) since Chromium began to count; less after it began anew."""
+        return next(metric["value"] for metric in self.send("Performance.getMetrics")["metrics"] if metric["name"] == "TaskDuration")
 
     def key(self, name: str) -> None:
         """Press and release a key."""

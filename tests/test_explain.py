@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 import fxopt
 from fxopt.errors import FxoptError
-from fxopt.explain import ADVICE, LOOKS_FOR, Explanation, arguments, explain, folded
+from fxopt.explain import ADVICE, LOOKS_FOR, SHOWN, Explanation, Found, arguments, explain, folded
 from fxopt.passes.catalog import PASSES
 from fxopt.passes.pipeline import parse
 
@@ -70,6 +71,14 @@ def test_predictions_are_the_plans() -> None:
     assert said.steps[0].predicted is None, "only the ends were asked for"
     with pytest.raises(FxoptError, match="predict is 'all'"):
         opt.explain(predict="all")
+
+
+def test_a_rule_of_many_lines_is_said_once() -> None:
+    places = tuple(Found("no-op", 2, f"layers.{i}", f"model.py:{i}") for i in range(SHOWN + 1))
+    step = explained("canonicalize", depth=1).steps[0]
+    said = str(Explanation("Net", "canonicalize", {}, None, (dataclasses.replace(step, did=places),)))
+    assert said.count("no-op") == 1 and f"x{2 * SHOWN} more, from {SHOWN} other lines of code" in said
+    assert str(Explanation("Net", "canonicalize", {}, None, (dataclasses.replace(step, did=places[1:]),))).count("no-op") == SHOWN
 
 
 @pytest.mark.slow

@@ -56,6 +56,7 @@ LOOKS_FOR = {
     "fuse": "a norm, gated unit or rotary embedding as one of its patterns writes it",
     "loss": "a cross entropy",
 }
+SHOWN = 5  # lines of code for each rule that fired; with more of them, the text names the first
 _NOTHING = "changed nothing: "
 
 
@@ -158,8 +159,14 @@ def _said(number: int, step: Explained) -> list[str]:
              f"     {step.before} -> {step.after} nodes; {step.promise}"]
     if step.predicted is not None:
         lines.append(f"     predicted after it: peak {size(step.predicted.peak)}, forward and backward {_seconds(step.predicted.seconds)}")
+    rules: dict[str, list[Found]] = {}
     for found in step.did:
-        lines.append(f"   did      x{found.count} {found.rule} in {_at(found)}")
+        rules.setdefault(found.rule, []).append(found)
+    for rule, places in rules.items():
+        shown = places if len(places) <= SHOWN else places[:1]
+        lines += [f"   did      x{found.count} {rule} in {_at(found)}" for found in shown]
+        if len(shown) < len(places):
+            lines.append(f"            x{sum(found.count for found in places[1:])} more, from {len(places) - 1} other lines of code")
     for found in step.did_not:
         lines.append(f"   did not  x{found.count} {found.rule} in {_at(found)}: {found.reason}")
         if found.advice:

@@ -219,13 +219,16 @@ def test_five_thousand_nodes(browser: Browser, said: dict[str, Any], tmp_path: P
     big = large(said)
     size = page.write(big, tmp_path / "big.html")
     assert min(len(stage["keys"]) for stage in big["stages"]) >= NODES and size < 3e6, size
-    times = []
-    for _ in range(3):
-        browser.open((tmp_path / "big.html").as_uri())
-        times.append(browser.run("new Promise((done) => requestAnimationFrame(() => done(performance.now())))"))
-    assert min(times) < 1500, times
-    searched = browser.run("['silu', 'tower.9', 'golden_models.py linear', 'none such'].map((said) => { const best = []; for (let i = 0; i < 3; i++) { const start = performance.now();"
-                           " find(said); best.push(performance.now() - start); } return [Math.min(...best), document.querySelectorAll('#hits button').length]; })")
-    assert max(time for time, _ in searched) < 100 and [many > 0 for _, many in searched] == [True, True, True, False], searched
-    start = browser.run("(() => { const start = performance.now(); go(3, [...stages[3].byName.keys()].at(-3)); return performance.now() - start; })()")
-    assert start < 1500 and texts(browser, "#detail h2")
+    before = browser.busy()  # computing, not waiting: other tests run on the same cores
+    browser.open((tmp_path / "big.html").as_uri())
+    browser.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    spent = browser.busy()
+    assert 0.05 < (spent - before if spent > before else spent) < 1.5
+    for said_, many in (("silu", True), ("tower.9", True), ("golden_models.py linear", True), ("none such", False)):
+        before = browser.busy()
+        browser.run(f"find({json.dumps(said_)})")
+        assert browser.busy() - before < 0.1, said_
+        assert (browser.run("document.querySelectorAll('#hits button').length") > 0) == many
+    before = browser.busy()
+    browser.run("go(3, [...stages[3].byName.keys()].at(-3))")
+    assert browser.busy() - before < 1.5 and texts(browser, "#detail h2")

@@ -345,8 +345,14 @@ function summary(rows) {
   box.append(tiles);
   const list = make("ul");
   if (single) {
-    for (const [count, rule, places, source] of right.did)
-      list.append(make("li", null, null, make("span", "tag yes", `×${count}`), `${rule} in ${places} `, make("span", "where", source)));
+    const rules = new Map();
+    for (const found of right.did) rules.set(found[1], [...(rules.get(found[1]) || []), found]);
+    for (const [rule, found] of rules) {
+      const line = ([count, , places, source]) => make("li", null, null, make("span", "tag yes", `×${count}`), `${rule} in ${places} `, make("span", "where", source));
+      if (found.length <= 5) { list.append(...found.map(line)); continue; }
+      const rest = make("details", null, null, make("summary", null, `×${found.slice(1).reduce((sum, each) => sum + each[0], 0)} more of ${rule}, from ${found.length - 1} other lines of code`), make("ul", null, null, ...found.slice(1).map(line)));
+      list.append(line(found[0]), make("li", null, null, rest));
+    }
     for (const [count, rule, places, source, reason, advice] of right.did_not)
       list.append(make("li", null, null, make("span", "tag no", `not ×${count}`), `${rule} in ${places} `, make("span", "where", source), `: ${reason}`, make("span", "advice", advice ? ` — ${advice}` : "")));
     for (const note of right.notes) list.append(make("li", null, null, make("span", "tag info", "note"), note));
