@@ -364,6 +364,7 @@ def test_alike_parts_that_read_what_differs_are_captured_apart() -> None:
     eager = copy.deepcopy(model)
     opt = fxopt.optimize(model, "dead_code", inputs=(data(),))
     equal(opt, eager, data())
+    assert [part.name for part in opt.parts if part.captured] == ["first", "blocks.0", "blocks.1", "head"]
     assert not opt.dispatcher.notes  # a check that fails would say so, and capture again
 
 

@@ -21,6 +21,7 @@ from fxopt.ir import torch_patches
 from fxopt.ir.copies import moved_state
 from fxopt.ir.program import Program
 from fxopt.ir.twins import Twins, Unlike
+from fxopt.runtime.binding import is_bound
 
 Attribute = tuple[str, str]  # path within the part, name
 
@@ -53,7 +54,7 @@ class Group:
         except Unlike:
             return False
         names = {id(m): name for name, m in self.first.named_modules()}
-        self.differing[path] = frozenset((names[id(m)], name) for m, name in twins.differing)
+        self.differing[path] = frozenset((names[id(m)], name) for m, name in twins.differing if name != "forward" or not is_bound(m))
         return True
 
     def program(self, path: str, kind: Any) -> Iterator[Program]:
@@ -64,13 +65,27 @@ class Group:
                 yield moved(donor.program, donor.path, path)
 
     @contextlib.contextmanager
-    def seen(self, part: nn.Module) -> Iterator[tuple[frozenset[Attribute], set[tuple[nn.Module, str]]]]:
-        """Inside, reads of the attributes in which the parts differ are seen. Yields those attributes, and the reads so far."""
+    def seen(self, shell: nn.Module, part: nn.Module) -> Iterator[tuple[frozenset[Attribute], set[tuple[nn.Module, str]]]]:
+        """Inside, reads of the attributes in which the parts differ are seen, in calls of the shell. Yields those attributes, and the reads
+        so far. (They are put aside in the calls only: a trace has its own way of looking at attributes, which ours must be on top of.)"""
         watched = frozenset(attribute for found in self.differing.values() for attribute in found)
         modules = dict(part.named_modules())
         here = [(modules[path], name) for path, name in watched if path in modules and name in vars(modules[path])]
-        with torch_patches.put_aside(here) as read:
+        read: set[tuple[nn.Module, str]] = set()
+
+        @contextlib.contextmanager
+        def aside() -> Iterator[None]:
+            with torch_patches.put_aside(here) as now:
+                try:
+                    yield
+                finally:
+                    read.update(now)
+
+        before, shell.__dict__["around"] = shell.__dict__["around"], aside
+        try:
             yield watched, read
+        finally:
+            shell.__dict__["around"] = before
 
     def give(self, path: str, part: nn.Module, kind: Any, program: Program, watched: frozenset[Attribute], read: set[tuple[nn.Module, str]]) -> None:
         """Let others have a program, if everything that it reads is the part's own and named."""

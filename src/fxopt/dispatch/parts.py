@@ -103,7 +103,7 @@ class PartDispatcher(Dispatcher):
         if found is not None:
             return found
         part = self.model.get_submodule(self.path)
-        with self.group.seen(part) as (watched, read):
+        with self.group.seen(self.model, part) as (watched, read):
             raw = super()._raw(call, exact, share)
         if not exact:
             self.group.give(self.path, part, kind, raw, watched, read)

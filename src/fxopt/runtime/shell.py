@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch.nn as nn
@@ -13,13 +14,14 @@ class Shell(nn.Module):
     """A module that holds one part of a model at the part's path, and whose call is the part's forward.
 
     So parameters, adapters and quantized weights of the part have the names that they have in the model. Hooks of the part are left
-    to those who call it. Where a tensor of the part is tied to one outside, the module that holds the other one is in the shell too.
+    to those who call it. Each call runs inside of `around()`, a context. Where a tensor of the part is tied to one outside, the module that holds the other one is in the shell too.
     """
 
     def __init__(self, root: nn.Module, path: str) -> None:
         super().__init__()
         part = root.get_submodule(path)
         self.__dict__["part"], self.__dict__["path"] = part, path  # not a submodule: that is at its path
+        self.__dict__["around"] = contextlib.nullcontext
         inside = {id(m) for m in part.modules()}
         held = {id(t) for t in (*part.parameters(), *part.buffers())}
         for name, module in root.named_modules():
@@ -57,4 +59,5 @@ class Shell(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The part's own code."""
         part = self.__dict__["part"]
-        return type(part).forward(part, *args, **kwargs)
+        with self.__dict__["around"]():
+            return type(part).forward(part, *args, **kwargs)
