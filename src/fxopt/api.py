@@ -193,6 +193,7 @@ class Optimized(Adapting, nn.Module):
             return "nothing was captured yet"
         lines = [text.report(self.program) if lowered is not None else parts_report(self.dispatcher.parts)]
         lines += [f"check: {line}" for line in lowered.checks] if lowered is not None else []
+        lines += [str(lowered.binding.hoisting)] if lowered is not None and lowered.binding is not None and lowered.binding.hoisting is not None else []
         lines += predicted_precision(self.program, repeated_blocks(self.model)) if lowered is not None else []
         lines += [f"note: {line}" for line in (*self.dispatcher.notes, *dict.fromkeys(r.untraced for r in self.dispatcher.runners.values() if r.untraced))]
         return "\n".join(lines)

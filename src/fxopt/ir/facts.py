@@ -108,3 +108,15 @@ class LossScale:
     """A fact: the program has gradients in fp16; its loss is to be multiplied by about `scale` before the backward (runtime/scaler.py)."""
 
     scale: float
+
+
+@dataclass(frozen=True)
+class Hoist:
+    """A fact: what depends on no trainable tensor and no random number may be kept for each sample, from one epoch to the next.
+
+    Attributes:
+        bytes: that may be kept. folder: where; None: in memory.
+    """
+
+    bytes: int
+    folder: str | None = None

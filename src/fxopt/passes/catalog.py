@@ -9,6 +9,7 @@ from fxopt.passes.compact import Compact
 from fxopt.passes.dead_code import DeadCode
 from fxopt.passes.denominator import Denominator
 from fxopt.passes.fuse import Fuse
+from fxopt.passes.hoist import Hoist
 from fxopt.passes.lora import Lora
 from fxopt.passes.loss import Loss
 from fxopt.passes.memory import Memory
@@ -32,6 +33,7 @@ PASSES: tuple[type[Pass], ...] = (
     Denominator,
     Remat,
     Memory,
+    Hoist,
     DeadCode,
 )
 

@@ -19,6 +19,7 @@ from fxopt.ir.part import part_of
 from fxopt.ir.partition import Policy
 from fxopt.ir.program import Program
 from fxopt.ir.regions import Region, Schedule, is_ref
+from fxopt.runtime import hoisting
 from fxopt.runtime.lazy import LazyOutput
 from fxopt.runtime.region import RegionRunner
 from fxopt.runtime.saving import Saving
@@ -155,6 +156,7 @@ class Binding:
         self.guards = guards(program)
         self.lazy = {name: self._lazy(name, nodes) for name, nodes in schedule.lazy.items()}
         self.dead_after = self._last_uses()
+        self.hoisting = hoisting.of(self)
 
     def _cell(self, name: str) -> Any:
         if name in self.program.constants:
@@ -225,7 +227,12 @@ class Binding:
         """Flat outputs for the flat tensor inputs."""
         env: dict[str, Any] = dict(zip(self.inputs, tensors))
         policies = self.saving.policies(self, tensors)
-        for (region, runner, block, cells), dead, policy in zip(self.steps, self.dead_after, policies):
+        known = self.hoisting.fill(env, tensors) if self.hoisting is not None else frozenset()
+        for at, ((region, runner, block, cells), dead, policy) in enumerate(zip(self.steps, self.dead_after, policies)):
+            if at in known:
+                for name in dead:
+                    env.pop(name, None)
+                continue
             values = [env[name] for name in region.inputs]
 
             def run(given: Sequence[Any], runner: RegionRunner = runner, cells: list[Any] = cells, policy: Policy = policy) -> tuple[Any, ...]:
