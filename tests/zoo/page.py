@@ -87,6 +87,8 @@ def page(results: Mapping[str, Result]) -> str:
         lines += [_row(r) for r in results.values() if r.family == family]
     lines += ["", "## Not whole", "", *([_parts(r) for r in results.values() if r.captured != "whole"] or ["All are whole."])]
     lines += ["", "## Captured again for another size", "", *([f"- {r.name}: {r.captures} programs" for r in results.values() if r.captures > 1] or ["None."])]
+    lines += ["", "## More ops than places", "", "Where k is more than n, the count does not know the place: a gate whose module holds it under other names.", "",
+              *([f"- {r.name}: {', '.join(dict.fromkeys(r.impossible))}" for r in results.values() if r.impossible] or ["None."])]
     lines += ["", "## Without adapters", "", *([f"- {r.name}: {r.refused_adapters}" for r in results.values() if r.refused_adapters] or ["None."])]
     lines += ["", "## Where k is less than n", "", *(_reasons(results) or ["Nowhere."]), ""]
     return "\n".join(lines)

@@ -52,9 +52,9 @@ def test_a_few(name: str) -> None:
 def test_all(name: str) -> None:
     """As the page says."""
     result, said = examine.examine(ZOO[name]), KEPT.get(name)
-    assert result.wrong == [] and result.impossible == [] and said is not None, "run `make zoo`"
-    assert (result.captured, result.adapters, result.captures) == (said.captured, said.adapters, said.captures)
-    assert {mode: {kind: tuple(pair) for kind, pair in counts.items()} for mode, counts in said.fired.items()} == result.fired
+    assert result.wrong == [] and said is not None, "run `make zoo`"
+    assert (result.captured, result.adapters, result.captures, result.impossible) == (said.captured, said.adapters, said.captures, said.impossible)
+    assert all(result.fired[mode] == {kind: tuple(pair) for kind, pair in counts.items()} for mode, counts in said.fired.items())
 
 
 # -- the count can fail ----------------------------------------------------------------------------------------------
