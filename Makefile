@@ -6,6 +6,9 @@
 #              on two cores; ONLY=pattern: some)
 # make kill-test  kills training runs at 200 random moments in each of three scenarios, resumes them, compares every byte (20 minutes;
 #              POINTS=20: fewer; UPDATE=1 writes bench/results/kills.jsonl)
+# make mutants plants wrong rewrites, counts which certificates catch and bisecting names, writes docs/mutants.md (10 minutes on a core)
+# make fuzz    random programs through every pass and random orders (N=1000, FIRST=0); failures are made smaller and kept in tests/regressions/
+# make fuzz-ops  every fp32 operator of torch's database through the pipeline; writes docs/operators.md
 # make bench   the four headline rows of docs/benchmarks.md (about 45 minutes and 20 GiB on two cores; QUICK=1: a third of the time)
 # make bench-all  also the demo's workload and every fused op
 #
@@ -41,7 +44,7 @@ pip := $(run) -m pip --disable-pip-version-check
 wanted := $(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | cut -d ' ' -f 1)
 stamp := $(VENV)/.installed-$(wanted)
 
-.PHONY: kill-test demo test kernels zoo bench bench-all install clean
+.PHONY: kill-test demo test kernels zoo mutants fuzz fuzz-ops bench bench-all install clean
 .DELETE_ON_ERROR:
 
 demo: $(stamp)
@@ -68,6 +71,15 @@ $(other)/.installed:
 
 zoo: $(stamp)
 	@$(run) -m tests.zoo --jobs $(JOBS) --only '$(ONLY)'
+
+mutants: $(stamp)
+	@PYTHONPATH=tests:. $(run) -m mutants
+
+fuzz: $(stamp)
+	@PYTHONPATH=tests:. $(run) -m fuzz $(or $(N),1000) $(or $(FIRST),0)
+
+fuzz-ops: $(stamp)
+	@PYTHONPATH=tests:. $(run) -m fuzz ops
 
 bench: $(stamp)
 	@$(run) -m bench.headlines $(if $(QUICK),--quick)

@@ -22,8 +22,9 @@ from fxopt.passes.base import Pass
 from fxopt.passes.catalog import PASSES
 from fxopt.passes.pipeline import apply, build as make
 
-# No shrinking in CI: it would capture hundreds of programs. A spec is small enough to read as it is drawn.
-QUICK = settings(max_examples=12, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
+# No shrinking in CI: it would capture hundreds of programs. A spec is small enough to read as it is drawn. Few: tests/fuzz has more, which
+# are not captured; these see what a capture makes.
+QUICK = settings(max_examples=6, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
 LONG = settings(QUICK, max_examples=400, phases=list(Phase))
 SIZES = (SIZE, (2, 7), (4, 3))
 
@@ -152,7 +153,7 @@ def test_random_orders_on_many(spec: Spec, order: list[Pass]) -> None:
     try_passes(Trial(spec), order)
 
 
-@settings(QUICK, max_examples=10)
+@settings(QUICK, max_examples=6)
 @given(specs())
 def test_the_captured_program_is_the_model(spec: Spec) -> None:
     """The strategies' own check: what the passes are compared with is what the module computes, bit for bit."""

@@ -108,7 +108,7 @@ class Edit:
         self.rewrites: list[Rewrite] = []
         self.misses: list[Miss] = []
         self.notes: list[str] = []
-        self.values: dict[Any, Any] = {}
+        self.values = program.fakes
 
     # -- reading ---------------------------------------------------------------------------------------------------
 

@@ -191,6 +191,7 @@ class Program:
     parent: Program | None = None
     training: bool = True
     grad: bool = True  # captured with gradients enabled
+    fakes: dict[Any, Any] = field(default_factory=dict, repr=False)  # what operations give for kinds of arguments, asked once for all versions
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "slots", MappingProxyType(dict(self.slots)))

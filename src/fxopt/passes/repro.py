@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,12 +105,12 @@ def repro(pass_: Pass, good: Program, wrong: Program, case: Case, state: Mapping
     try:
         code = [*_function("before", found.old, found.inputs, [x for x, _ in found.outputs]), "", "", *_function("after", found.new, found.inputs, [y for _, y in found.outputs])]
         met = _met(good, wrong, case, state, found.inputs)
+        given, lines = _values(met)
+        exact = [_written(name, value) for name, value in met.items()]
     except _Unsaid as unsaid:
         return None, f"{unsaid} cannot be written in a script"
-    given, lines = _values(met, wrong)
     if not _fails(found, given):
-        given = met
-        lines = [_written(name, value) for name, value in met.items()]
+        given, lines = met, exact
         if not _fails(found, given):
             return None, "the operations before and after are equal on the values that met there: it takes more than this site"
     text = "\n".join([f'"""{str(pass_)[:120]}: the operations before and after one rewrite are not equal.', "", f"{says[:200]}", '"""', "import torch",
@@ -161,7 +162,7 @@ def _text(value: Any) -> str:
         return value.name
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_text, value))}]"
-    if isinstance(value, float) and value in (float("inf"), float("-inf")) or value != value:
+    if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
     if isinstance(value, torch.device):
         return f'"{value}"'
@@ -187,7 +188,7 @@ def _met(good: Program, wrong: Program, case: Case, state: Mapping[str, torch.Te
     return {name: found[name] for name in names}
 
 
-def _values(met: Mapping[str, Any], program: Program) -> tuple[dict[str, Any], list[str]]:
+def _values(met: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Values like those, small or drawn, and the lines that make them."""
     generator = torch.Generator().manual_seed(0)
     given: dict[str, Any] = {}

@@ -218,7 +218,7 @@ def _within(old: Runs, new: Runs, shared: Sequence[str], coarser: bool) -> tuple
         ratios = {name: excess(new.own[name], old.own[name], old.truth[name], spread.get(name, 0.0)) for name in shared
                   if not coarser or old.own[name].is_floating_point()}
         if exact:
-            ratios |= {name + _FP64: excess(new.truth[name], old.truth[name], old.truth[name], finer * spread.get(name, 0.0)) for name in shared
+            ratios |= {name + _FP64: excess(new.truth[name], old.truth[name], old.truth[name], tolerance.BOTH * finer * spread.get(name, 0.0)) for name in shared
                        if old.truth[name].is_floating_point() or old.truth[name].is_complex()}
         if all(ratio <= 1.0 for ratio in ratios.values()) or any(ratio == float("inf") or len(seen) > _SURE and ratio > _FAR for ratio in ratios.values()):
             break
