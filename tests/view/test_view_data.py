@@ -7,7 +7,7 @@ import re
 
 import pytest
 from golden_models import program
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxopt.errors import DataError, FxoptError
@@ -17,7 +17,7 @@ from fxopt.view.data import data
 
 
 def test_every_stage_has_the_program_s_nodes() -> None:
-    found, model, call = program("lora(rank=2) | fuse")
+    found, model, call = program("lora(rank=2) | fuse", depth=1)
     said = data(found, model, call, predict="none")
     assert [stage["title"] for stage in said["stages"]] == ["as captured", *(record.text for record in found.log)]
     for stage, at in zip(said["stages"], reversed(list(found.history()))):
@@ -68,7 +68,8 @@ def test_a_wrong_word_is_named() -> None:
         data(found, model, call, predict="all")
 
 
-@given(st.text())
+@settings(max_examples=25)
+@given(st.text(max_size=40))
 def test_no_text_ends_the_data(text: str) -> None:
     said = page.html({"text": f"</script><!--{text}-->", "other": "<!--SCRIPT--><!--DATA-->"})
     inside = re.search(r'<script type="application/json" id="data">(.*?)</script>', said, re.DOTALL)
