@@ -237,7 +237,7 @@ class Optimized(Adapting, nn.Module):
             name, named_inputs: how a command named the model and its inputs, for the record.
 
         Raises:
-            FxoptError: nothing was captured yet. What does not hold raises nothing: see `Certificate.require`.
+            FxoptError: nothing was captured yet, or the call runs in parts. What does not hold raises nothing: see `Certificate.require`.
         """
         call = self.sized_call(inputs)
         lowered = self.dispatcher.last
