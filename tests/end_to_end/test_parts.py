@@ -338,10 +338,10 @@ def test_training_in_parts() -> None:
 
 def test_adapters_are_added_and_switched_in_parts() -> None:
     opt = fxopt.optimize(made(Branching, blocks=1), "lora(rank=2, targets=[up])", inputs=(data(),))
-    opt.add_adapter("other", "lora(rank=1, targets=[head])", inputs=(data(),))
-    assert {name for name, p in opt.named_parameters() if p.requires_grad} == {"head.lora_A.other", "head.lora_B.other"}
+    opt.add_adapter("other", "lora(rank=1, targets=[first])", inputs=(data(),))
+    assert {name for name, p in opt.named_parameters() if p.requires_grad} == {"first.lora_A.other", "first.lora_B.other"}
     with torch.no_grad():
-        opt.model.head.lora_B["other"].fill_(0.5)
+        opt.model.first.lora_B["other"].fill_(0.5)
         opt.model.blocks[0].up.lora_B["default"].fill_(0.5)
     second = opt(data())
     assert same(second, opt.model(data()))
