@@ -25,7 +25,7 @@ from fxopt.runtime.plan import Plan, Planned
 from fxopt.runtime.saving import Always
 from fxopt.runtime.sizes import measure
 from strategies import Spec, build, inputs, specs
-from tests.models import MODELS, llama, loss_of, tokens
+from tests.models import MODELS, Handwritten, loss_of, pairs
 
 aten = torch.ops.aten
 PLAIN = "canonicalize | causal | fuse | loss"
@@ -138,7 +138,8 @@ def planned(opt: fxopt.Optimized) -> Plan:
 
 @functools.cache
 def wide() -> fxopt.Optimized:
-    return fxopt.optimize(llama(layers=2, hidden_size=64, intermediate_size=128), f"{PLAIN} | memory(1GiB, compress=true)", inputs=tokens(4, 32))
+    torch.manual_seed(0)
+    return fxopt.optimize(Handwritten(64, 2).train(), f"{PLAIN} | memory(1GiB, compress=true)", inputs=pairs(4, 32))
 
 
 def test_a_checked_capture_says_how_far_gradients_are_off() -> None:
@@ -158,7 +159,7 @@ def sources(node: Node) -> set[str]:
 
 @pytest.mark.parametrize("share", [0.3, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.05, 0.6, 0.9))])
 def test_exact_ways_come_first_and_queries_keys_and_normalisers_stay(share: float) -> None:
-    opt, data = wide(), tokens(4, 64)
+    opt, data = wide(), pairs(4, 64)
     binding = opt.dispatcher.last.binding
     saving = binding.saving
     try:
@@ -190,7 +191,7 @@ def test_exact_ways_come_first_and_queries_keys_and_normalisers_stay(share: floa
                 assert not any("codes" in name for n in attention for arg in (n.args[1], n.args[2], n.args[5]) for name in sources(arg))
 
 
-@pytest.mark.parametrize("name", [pytest.param("bert", marks=pytest.mark.slow), pytest.param("gpt2", marks=pytest.mark.slow), "handwritten"])
+@pytest.mark.parametrize("name", [pytest.param("bert", marks=pytest.mark.slow), pytest.param("gpt2", marks=pytest.mark.slow), pytest.param("llama", marks=pytest.mark.slow)])
 def test_gradients_of_every_kind_of_model_stay_near(name: str) -> None:
     make, data = MODELS[name]
     opt = fxopt.optimize(make(), "canonicalize", check=False)
@@ -202,7 +203,7 @@ def test_gradients_of_every_kind_of_model_stay_near(name: str) -> None:
     assert all(float((found[key] - exact[key]).norm()) <= COMPRESSED * max(float(exact[key].norm()), scale / 100) for key in exact)
 
 
-@settings(max_examples=2, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@settings(max_examples=1, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @given(specs(), st.floats(0.0, 0.6))
 def test_random_programs_stay_within_random_budgets(spec: Spec, share: float) -> None:
     spec = dataclasses.replace(spec, dtype=torch.float32)

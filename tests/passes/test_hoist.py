@@ -158,7 +158,8 @@ def test_hooks_on_a_region_that_would_be_left_out_run() -> None:
 
 def test_on_disk_for_another_run(tmp_path: Path) -> None:
     text = f'hoist(folder="{tmp_path}")'
-    first, second = made(text), made(text)
+    first = made(text)
+    second = copy.deepcopy(first)  # another run, as far as what is kept goes
     data = samples(5)
     loss = first(**data)
     found = store(second)
