@@ -109,6 +109,17 @@ def said(places: int, image: int = IMAGE) -> Batches:
     return made
 
 
+def prompted(places: int) -> Batches:
+    """As `said`, where what the image and the prompt before the answer are is marked."""
+
+    def made(generator: torch.Generator, batch: int, length: int) -> Batch:
+        found = said(places)(generator, batch, length)
+        answer = torch.arange(length + places) > places + 4
+        return found | {"token_type_ids": answer.long().expand(batch, -1).contiguous()}
+
+    return made
+
+
 def described(generator: torch.Generator, batch: int, length: int) -> Batch:
     """Images, and text about them as labels."""
     return {"pixel_values": pixels(generator, batch), "labels": ids(generator, batch, length)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.zoo.batches import PLACEHOLDER, captions, depths, described, frames, images, said, scenes, spectrograms, transcripts, waves
+from tests.zoo.batches import PLACEHOLDER, captions, depths, described, frames, images, prompted, said, scenes, spectrograms, transcripts, waves
 from tests.zoo.decoders import GROUPED, HEADS, LAYERS, TEXT, WIDTH
 from tests.zoo.encoders import SEQ2SEQ
 from tests.zoo.entry import Batches, Configured
@@ -90,12 +90,14 @@ MULTIMODAL = _rows("multimodal", TOWERS, "Model", captions, ((2, 12), (3, 12)), 
 }) + tuple(Configured(name, "multimodal", model, config, settings, said(places)) for name, model, config, settings, places in (
     ("LLaVA", "LlavaForConditionalGeneration", "LlavaConfig", _seeing("clip_vision_model", vision_feature_select_strategy="default"), 16),
     ("VipLLaVA", "VipLlavaForConditionalGeneration", "VipLlavaConfig", _seeing("clip_vision_model", vision_feature_layers=[-1, -2]), 16),
-    ("PaliGemma", "PaliGemmaForConditionalGeneration", "PaliGemmaConfig", _seeing("siglip_vision_model", "gemma", projection_dim=WIDTH), 16),
     ("Gemma 3, images", "Gemma3ForConditionalGeneration", "Gemma3Config",
      _seeing("siglip_vision_model", "gemma3_text", mm_tokens_per_image=4, vision_use_head=False), 4),
     ("InternVL", "InternVLForConditionalGeneration", "InternVLConfig", _seeing("internvl_vision", "qwen2", downsample_ratio=0.5), 4),
     ("AyaVision", "AyaVisionForConditionalGeneration", "AyaVisionConfig", _seeing("siglip_vision_model", "cohere2", downsample_factor=2), 4),
-)) + tuple(Configured(name, "multimodal", model, config, settings, described) for name, model, config, settings in (
+)) + (
+    Configured("PaliGemma", "multimodal", "PaliGemmaForConditionalGeneration", "PaliGemmaConfig", _seeing("siglip_vision_model", "gemma", projection_dim=WIDTH),
+               prompted(16)),
+) + tuple(Configured(name, "multimodal", model, config, settings, described) for name, model, config, settings in (
     ("ViT to GPT-2", "VisionEncoderDecoderModel", "VisionEncoderDecoderConfig",
      {"encoder": VIT | {"model_type": "vit"}, "decoder": TEXT | {"model_type": "gpt2", "is_decoder": True, "add_cross_attention": True},
       "decoder_start_token_id": 1, "pad_token_id": 0}),
