@@ -43,6 +43,8 @@ def labelled(batch: Any) -> bool:
 
 def samples(batch: Any) -> int:
     """How many samples a batch holds: the first size of its first tensor; 1 where there is none."""
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], torch.Tensor) and batch[0].dim():
+        return batch[0].shape[0]
     first = next((leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
     return 1 if first is None else first.shape[0]
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.fx as fx
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxopt.ir import meta
 from fxopt.ir.capture import Call
-from fxopt.ir.program import Sample
 from fxopt.runtime.binding import live_state
+from fxopt.runtime.locate import locate
 from fxopt.train.batch import Batch, call
 from fxopt.train.randomness import isolated
 
@@ -22,10 +19,9 @@ def _bad(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(leaf.isnan().any() or (leaf == torch.inf).any()) for leaf in pytree.tree_leaves(value))
 
 
-@torch.no_grad()
 def first_not_finite(model: nn.Module, batch: Batch) -> str:
     """The operation (of an optimized model) or the module (of another) that first makes NaN or infinity of a batch out of finite numbers,
-    with its place in the user's code; empty if none does. Minus infinity alone counts as a mask. One forward; nothing is changed."""
+    with its place in the user's code; empty if none does. Nothing is changed."""
     if _bad(batch):
         return "its inputs"
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.numel() < 1 << 20}  # running statistics
@@ -33,9 +29,10 @@ def first_not_finite(model: nn.Module, batch: Batch) -> str:
         with isolated():
             return _in_graph(model, batch) if callable(getattr(type(model), "prepare", None)) else _in_modules(model, batch)
     finally:
-        held = dict(model.named_buffers())
-        for name, buffer in buffers.items():
-            held[name].copy_(buffer)
+        with torch.no_grad():
+            held = dict(model.named_buffers())
+            for name, buffer in buffers.items():
+                held[name].copy_(buffer)
 
 
 def _in_graph(model: Any, batch: Batch) -> str:
@@ -43,14 +40,8 @@ def _in_graph(model: Any, batch: Batch) -> str:
     if program is None:  # it runs in parts
         return _in_modules(model.model, batch)
     given = Call.of((), dict(batch)) if isinstance(batch, dict) else Call.of(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {})
-    found: list[fx.Node] = []
-
-    def see(node: fx.Node, value: Any, values: Mapping[fx.Node, Any]) -> None:
-        if not found and node.op == "call_function" and _bad(value) and not any(_bad(values.get(source)) for source in node.all_input_nodes):
-            found.append(node)
-
-    program.watch(Sample(given.tensors, live_state(model.model, [name for name in program.slots if name not in program.constants])), see)
-    return meta.placed(found[0]) if found else ""
+    found = locate(program, given.tensors, live_state(model.model, [name for name in program.slots if name not in program.constants]))
+    return "" if found is None else f"`{found.node}` in the {found.phase}" + (f" ({found.source})" if found.source else "")
 
 
 def _in_modules(model: nn.Module, batch: Batch) -> str:
@@ -64,7 +55,8 @@ def _in_modules(model: nn.Module, batch: Batch) -> str:
 
     handles = [module.register_forward_hook(hook(path)) for path, module in model.named_modules()]
     try:
-        call(model, batch)
+        with torch.no_grad():
+            call(model, batch)
     finally:
         for handle in handles:
             handle.remove()

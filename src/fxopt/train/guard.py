@@ -107,7 +107,8 @@ class Guard:
             where = next(bad, "the norm of all gradients overflows")
             if scaled:
                 return f"the gradient of {where} overflows at this loss scale"
-            return self._refuse(f"The gradient of step {step} is not finite, though the loss is", where, "Lower the learning rate.")
+            place = next(filter(None, map(locate, range(len(losses)))), "")
+            return self._refuse(f"The gradient of step {step} is not finite, though the loss is", where + (f"; first at {place}" if place else ""), "Lower the learning rate.")
         return self.spikes.reason(math.fsum(losses), norm) if self.spikes is not None else ""
 
     def _refuse(self, what: str, where: str, do: str) -> str:

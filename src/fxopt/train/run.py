@@ -50,6 +50,8 @@ class Group:
     """Those that supervise nothing."""
     started: float
     """When the first was asked for, in seconds."""
+    moved: bool
+    """They lie on the model's device."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ class Run:
     def _read(self, batches: Iterator[Batch], size: int) -> Group | None:
         """The next step's batches; those that supervise nothing are left out."""
         started = time.perf_counter()
+        held = size == 1 or self.device.type == "cpu"  # batches that wait for their turn wait where they were made
         kept: list[Batch] = []
         items: list[Items] = []
         used = left_out = 0
@@ -167,7 +170,7 @@ class Run:
             found = self.task.items(self.counter, moved)
             self._note_graph()
             if found.number:
-                kept.append(moved if size == 1 or self.device.type == "cpu" else batch)
+                kept.append(moved if held else batch)
                 items.append(found)
             else:
                 left_out += 1
@@ -177,7 +180,7 @@ class Run:
             self.state.batch, self.state.skipped = self.state.batch + used, self.state.skipped + left_out
             return None
         weights, total = shares(items)
-        return Group(kept, weights, total, used, left_out, started)
+        return Group(kept, weights, total, used, left_out, started, held)
 
     def _note_graph(self) -> None:
         """Remember the hash of the program that a batch runs through; of a resumed run, compare it with those of the checkpoint."""
@@ -218,7 +221,7 @@ class Run:
     def backward(self, group: Group, index: int) -> None:
         """Forward and backward of one batch: its share of the step's loss is differentiated, and added."""
         state, place = self.state, self.state.batch + index
-        batch = to_device(group.batches[index], self.device)
+        batch = group.batches[index] if group.moved else to_device(group.batches[index], self.device)
         last = index == len(group.batches) - 1
         self.events(Callback.on_batch_start, state, batch, place)
         with self.strategy.no_sync(self.model, last), self._autocast():
@@ -273,6 +276,8 @@ class Run:
 
     def known_losses(self) -> list[float]:
         """Of the batches of the present step so far, each weighed by its share. Waits for the device."""
+        if len(self.losses) == 1 and isinstance(self.losses[0], Tensor):
+            return [float(self.losses[0])]
         held = [value for value in self.losses if isinstance(value, Tensor)]
         known = iter(torch.stack([value.double() for value in held]).tolist() if held else ())
         return [next(known) if isinstance(value, Tensor) else value for value in self.losses]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -72,7 +73,8 @@ class Single:
     def clip_norm(self, parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
         """See `Strategy`."""
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        if limit is not None and bool(norm.isfinite()):
+        # Up to the limit torch multiplies every gradient by 1 (its factor is limit / (norm + 1e-6), at most 1): left out, 60 us a step.
+        if limit is not None and math.isfinite(value := float(norm)) and value + 1e-6 > limit:
             nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return norm
 
