@@ -127,7 +127,8 @@ _OPS: list[tuple[str, str, str, str, int, tuple[str, ...]]] = [
     (ENCODER, READY, "fuse", "add_layer_norm", 1, ("residual gradient lost", "residual not added", "bias gradient lost", "eps ignored", "rounded to bf16")),
     (DECODER, FUSED, "loss", "linear_cross_entropy", 0, ("ignored rows counted", "mean over all rows", "weight gradient lost", "lost gradient", "doubled gradient")),
     (ENCODER, FUSED, "loss", "linear_cross_entropy", 0, ("bias ignored", "bias gradient lost")),
-    (DECODER, LORA, "siblings", "lora_linear", 0, ("scale dropped", "gradient of lora_a lost", "gradient of lora_b lost", "lost gradient", "doubled gradient", "rounded to bf16")),
+    (DECODER, LORA, "siblings", "lora_linear", 0, ("scale dropped", "gradient of lora_a lost", "gradient of lora_b lost", "doubled gradient", "rounded to bf16")),
+    (DECODER, LORA, "siblings", "lora_linear", 4, ("lost gradient",)),
     (DECODER, STORED, "siblings", "lora_linear", 0, ("scale dropped", "gradient of lora_b lost")),
 ]
 
