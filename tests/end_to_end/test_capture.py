@@ -116,7 +116,7 @@ def test_a_checkpointed_block_saves_little() -> None:
 
 def test_patches_are_undone_also_after_an_error() -> None:
     def state() -> tuple[Any, ...]:
-        return torch.autograd.Function.__dict__["apply"], torch.utils.checkpoint.CheckpointFunction, torch._dynamo.config.fake_tensor_cache_enabled
+        return torch.autograd.Function.__dict__["apply"], torch.utils.checkpoint.CheckpointFunction, nn.Module.to, torch._dynamo.config.fake_tensor_cache_enabled
 
     before = state()
     with pytest.raises(ZeroDivisionError), torch_patches.for_capture():
@@ -209,3 +209,21 @@ def test_writes_without_gradients_reach_buffers_and_leave_gradients() -> None:
             assert same(a.grad, b.grad), name
         for (name, a), b in zip(eager.named_buffers(), opt.model.buffers(), strict=True):
             assert same(a, b) and float(a.norm()) > 0, name
+
+
+class Converting(nn.Module):
+    """Converts a layer to the dtype that it has, in each call, as routers of experts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.linear = self.linear.to(x.dtype)
+        return self.linear(x).square().sum()
+
+
+def test_a_conversion_that_changes_nothing_is_none() -> None:
+    model, x = Converting(), torch.randn(2, 4)
+    opt = fxopt.optimize(model, inputs=(x,))
+    assert not opt.parts and same(opt(x).detach(), model(x).detach())

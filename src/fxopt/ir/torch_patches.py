@@ -164,6 +164,26 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def conversions_that_change_nothing() -> Iterator[None]:
+    """`module.to(...)` in a forward returns the module if all its tensors are so already: torch would put other tensors in their place, which
+    fails while fake ones stand there."""
+    saved = nn.Module.to
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        if memory_format is None and all((device is None or t.device == device) and (dtype is None or t.dtype == dtype or not t.is_floating_point())
+                                         for t in (*self.parameters(), *self.buffers())):
+            return self
+        return saved(self, *args, **kwargs)
+
+    nn.Module.to = to  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = saved  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def without_fake_cache() -> Iterator[None]:
     """Fake tensors are computed anew for each operation: with symbolic sizes a cached result costs more to make and to look up than it
     saves. Captures take two thirds of the processor time (1.5 to 1.0 s for two layers of a decoder, 4.4 to 2.8 s for a state-space model)."""
@@ -174,7 +194,7 @@ def without_fake_cache() -> Iterator[None]:
 @contextlib.contextmanager
 def for_capture() -> Iterator[None]:
     """All patches that a capture needs."""
-    with keep_autograd_functions(), mark_checkpoints(), without_fake_cache(), quiet():
+    with keep_autograd_functions(), mark_checkpoints(), conversions_that_change_nothing(), without_fake_cache(), quiet():
         yield
 
 
