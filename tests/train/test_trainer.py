@@ -24,9 +24,11 @@ from fxopt.train.averaging import Averaged, refresh_batch_norm
 from fxopt.train.callbacks import EVENTS, Callback, State
 from fxopt.train.freezing import Freezing
 from fxopt.train.guard import Spikes
+from fxopt.train.journal import rows
 from fxopt.train.optimizers import Group, lora_plus, no_decay
 from fxopt.train.schedule import Plateau, in_turn, make_schedule, product
 from fxopt.train.stopping import EarlyStopping
+from fxopt.train.taps import Taps
 from fxopt.train.trainer import Trainer, fit
 
 
@@ -445,3 +447,24 @@ def test_samples_with_a_batch_size_and_other_precision() -> None:
     assert result.metrics["scale"] == 2.0**16
     with pytest.raises(DataError, match="no precision"):
         run(precision="fp8")
+
+
+def test_taps_log_the_values_of_the_step_itself(tmp_path: Path) -> None:
+    taps = Taps({"first": "a", "loss": "*loss*"}, every=2)
+    weights: list[float] = []
+
+    class First(Callback):
+        def on_batch_start(self, state: State, batch: Any, index: int) -> None:
+            weights.append(float(state.model.model.a(batch[0]).abs().max()))
+
+    opt = fxopt.optimize(Net(), inputs=batches(1)[0])
+    result, _ = run(opt, callbacks=[taps, First()], output_dir=tmp_path, checkpoints=False)
+    found = rows(tmp_path)
+    assert [("tap/first" in row) for row in found] == [True, False] * 3
+    assert all(row["tap/loss"] == pytest.approx(row["loss"]) for row in found[::2]), "with the same dropout"
+    assert [row["tap/first"] for row in found[::2]] == pytest.approx(weights[::2])
+    assert result.losses == run(fxopt.optimize(Net(), inputs=batches(1)[0]))[0].losses
+    with pytest.raises(DataError, match="No node and no module"):
+        run(opt, callbacks=[Taps({"x": "nothing.*"})])
+    with pytest.raises(DataError, match="no program to tap"):
+        run(callbacks=[taps])
