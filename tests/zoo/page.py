@@ -42,6 +42,8 @@ def summary(results: Mapping[str, Result]) -> list[str]:
     found = [f"{len(right)} of {n} train correctly ({len(right) / max(n, 1):.1%}; goal 100%), {len(adapted)} of them also with adapters.",
              f"{len(whole)} of {n} are captured whole ({len(whole) / max(n, 1):.1%}; goal 90%), {len(parts)} in parts, {n - len(whole) - len(parts)} refused.",
              f"Wrong results: {len(wrong)}{': ' + ', '.join(r.name for r in wrong) if wrong else ''}."]
+    if n < len(ZOO):
+        found.append(f"{len(ZOO) - n} of the zoo's {len(ZOO)} entries have no result yet: " + ", ".join(name for name in ZOO if name not in results) + ".")
     if whole:
         times = sorted(r.seconds for r in whole)
         found.append(f"`optimize` with its check takes {times[len(times) // 2]:.1f} s of processor time in the median, at most {times[-1]:.1f} s.")
@@ -58,7 +60,7 @@ def _mean(values: list[float]) -> float:
 def page(results: Mapping[str, Result]) -> str:
     """The document."""
     machine = describe()
-    filled = [r for r in results.values() if r.fired and all(k == n for counts in r.fired.values() for kind, (k, n) in counts.items() if kind != "loss")]
+    filled = [r for r in results.values() if r.fired and all(k >= n for counts in r.fired.values() for kind, (k, n) in counts.items() if kind != "loss")]
     placed = [r for r in results.values() if any(n for counts in r.fired.values() for kind, (_, n) in counts.items() if kind != "loss")]
     lines = [
         "# Architectures",
@@ -71,7 +73,8 @@ def page(results: Mapping[str, Result]) -> str:
         "those of A and B by the chain rule.",
         "",
         *(f"* {line}" for line in summary(results)),
-        f"* Where a norm, gated MLP or rotation could be fused, all are, in fp32, in bf16 and under autocast, on {len([r for r in filled if r in placed])} of {len(placed)}.",
+        f"* Where a norm, gated MLP or rotation could be fused, all are, in every mode that was counted, on {len([r for r in filled if r in placed])} of {len(placed)} "
+        f"({', '.join(f'{sum(mode in r.fired for r in placed)} in {mode}' for mode in MODES)}).",
         "",
         "Errors are relative: of the loss, and the largest of any gradient or buffer (Frobenius norm; gradients below "
         f"{tolerance.SELF_CHECK_FLOOR:g} of the largest are measured against that), over both steps; more than {tolerance.SELF_CHECK_RESPONSE:g} times what one "
