@@ -6,7 +6,6 @@ import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.fx as fx
 from torch import Tensor
 
