@@ -53,7 +53,8 @@ def samples(op: OpInfo) -> Iterator[tuple[pytree.TreeSpec, list[Any]]]:
         warnings.simplefilter("ignore")
         for sample in op.sample_inputs("cpu", torch.float32, requires_grad=op.supports_autograd):
             leaves, spec = pytree.tree_flatten(((sample.input, *sample.args), dict(sample.kwargs)))
-            if any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+            tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            if tensors and all(leaf.layout is torch.strided for leaf in tensors):
                 yield spec, leaves
 
 
@@ -65,7 +66,7 @@ def outcome(op: OpInfo) -> Outcome:
     except Exception as error:  # the database's own: it wants a GPU, or a package
         return Outcome("no sample", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:100])
     if not found:
-        return Outcome("no sample", "no call takes a tensor")
+        return Outcome("no sample", "no call takes a strided tensor")
     spec, leaves = max((pair for _, pair in found), key=lambda pair: min(leaf.numel() for leaf in pair[1] if isinstance(leaf, torch.Tensor)))
     tensors = tuple(leaf.detach().clone().contiguous().requires_grad_(leaf.requires_grad) for leaf in leaves if isinstance(leaf, torch.Tensor))
     model, call = One(op, spec, leaves), Call.of(tensors, {})
