@@ -277,3 +277,12 @@ def test_the_log_is_cut_back(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text("")
     with pytest.raises(DataError, match="the checkpoint was written when"):
         trainer(tmp_path, steps=6).fit(Net(), batches(), resume=True)
+
+
+def test_a_checkpoint_goes_on_in_another_folder(tmp_path: Path) -> None:
+    whole = Net()
+    trainer(tmp_path / "a").fit(whole, batches())
+    model = Net()
+    result = trainer(tmp_path / "b").fit(model, batches(), resume=checkpoints(tmp_path / "a" / "checkpoints")[0])
+    assert result.first_step == 3 and equal(weights(model), weights(whole)) and [row["step"] for row in rows(tmp_path / "b")] == [4, 5]
+    trainer(tmp_path / "a", fast_dev_run=True).fit(Net(), batches(), resume=True)

@@ -13,6 +13,7 @@ from fxopt.runtime.binding import live_state
 from fxopt.runtime.locate import locate
 from fxopt.train.batch import Batch, call
 from fxopt.train.randomness import isolated
+from fxopt.train.task import changing_buffers
 
 
 def _bad(value: Any) -> bool:
@@ -24,7 +25,7 @@ def first_not_finite(model: nn.Module, batch: Batch) -> str:
     with its place in the user's code; empty if none does. Nothing is changed."""
     if _bad(batch):
         return "its inputs"
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.numel() < 1 << 20}  # running statistics
+    buffers = {name: buffer.clone() for name, buffer in changing_buffers(model).items()}  # running statistics
     try:
         with isolated():
             return _in_graph(model, batch) if callable(getattr(type(model), "prepare", None)) else _in_modules(model, batch)

@@ -180,6 +180,9 @@ class Run:
             self.state.batch, self.state.skipped = self.state.batch + used, self.state.skipped + left_out
             return None
         weights, total = shares(items)
+        if self.state.world > 1:
+            (whole,) = self.strategy.reduce([total])
+            weights = [weight * total / whole for weight in weights]
         return Group(kept, weights, total, used, left_out, started, held)
 
     def _note_graph(self) -> None:

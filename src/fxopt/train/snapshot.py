@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fxopt.errors import DataError
 from fxopt.runtime.scaler import Scaler
-from fxopt.runtime.stored import StoredWeight
 from fxopt.train import folder as folders
 from fxopt.train.callbacks import Callback
 from fxopt.train.folder import Writer
@@ -23,6 +22,7 @@ from fxopt.train.plain import cloned, decode, encode
 from fxopt.train.randomness import restore as restore_random
 from fxopt.train.randomness import states
 from fxopt.train.run import Run
+from fxopt.train.task import changing_buffers
 
 log = logging.getLogger("fxopt")
 
@@ -48,12 +48,7 @@ def changing(run: Run) -> list[str]:
     """The names of the state that training changes: parameters of the optimizers, and buffers. The codes of stored weights do not change."""
     trained = {id(parameter) for parameter in run.parameters}
     names = [name for name, parameter in run.task.module.named_parameters() if id(parameter) in trained]
-    return names + list(_buffers(run.task.module))
-
-
-def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    stored = {id(buffer) for part in module.modules() if isinstance(part, StoredWeight) for buffer in part.buffers()}
-    return {name: buffer for name, buffer in module.named_buffers() if id(buffer) not in stored}
+    return names + list(changing_buffers(run.task.module))
 
 
 def fingerprint(run: Run) -> str:

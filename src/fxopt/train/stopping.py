@@ -14,6 +14,7 @@ from torch import Tensor
 from fxopt.errors import CheckError, DataError
 from fxopt.train.callbacks import Callback, State
 from fxopt.train.schedule import better
+from fxopt.train.task import changing_buffers
 
 log = logging.getLogger("fxopt")
 
@@ -72,12 +73,15 @@ class EarlyStopping(Callback):
             log.info("fxopt: the run ends after step %d: %s", state.step, why)
 
     def on_epoch_end(self, state: State) -> None:
-        if self.monitor not in state.metrics:
+        # a validation may be due later than at the end of the first epoch
+        if self.monitor not in state.metrics and (not self.monitor.startswith("val") or any(name.startswith("val") for name in state.metrics)):
             near = difflib.get_close_matches(self.monitor, state.metrics, 1)
             raise DataError(f"{self.monitor!r} was not logged in the whole epoch.", where="EarlyStopping", do=f"Logged are {', '.join(state.metrics)}{f'; do you mean {near[0]}?' if near else '.'}")
 
     @torch.no_grad()
     def on_fit_end(self, state: State) -> None:
+        if self.best is None:
+            log.warning("fxopt: EarlyStopping saw no finite %r in the whole run: it stopped and restored nothing", self.monitor)
         if not self.weights:
             return
         held = _held(state)
@@ -94,7 +98,7 @@ class EarlyStopping(Callback):
 
 
 def _held(state: State) -> dict[str, Tensor]:
-    """What training changes: the optimizers' parameters, and floating-point buffers and counts of the modules that train."""
+    """What training changes: the optimizers' parameters, and buffers."""
     trained = {id(parameter) for optimizer in state.optimizers for group in optimizer.param_groups for parameter in group["params"]}
     found = {name: parameter for name, parameter in state.model.named_parameters() if id(parameter) in trained}
-    return found | {name: buffer for name, buffer in state.model.named_buffers() if buffer.numel() < 1 << 20}
+    return found | changing_buffers(state.model)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fxopt.errors import DataError
 from fxopt.runtime.counting import Counter, Items, labelled, samples, supervised_items
+from fxopt.runtime.stored import StoredWeight
 from fxopt.train.batch import Batch, call, loss_of, model_loss
 from fxopt.train.callbacks import Callback, State
 from fxopt.train.metrics import Means, Metric, Values, feed
@@ -111,6 +112,12 @@ def check_trainable(module: nn.Module) -> list[nn.Parameter]:
     if not found:
         raise DataError("No parameter of the model requires a gradient.", where=type(module).__name__)
     return found
+
+
+def changing_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that training may change, by name: all but the codes of stored weights."""
+    stored = {id(buffer) for part in module.modules() if isinstance(part, StoredWeight) for buffer in part.buffers()}
+    return {name: buffer for name, buffer in module.named_buffers() if id(buffer) not in stored}
 
 
 def device_of(module: nn.Module) -> torch.device:

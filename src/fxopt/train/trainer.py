@@ -250,9 +250,10 @@ class Trainer:
         try:
             run.events(Callback.on_setup, state, "fit")
             run.task.begin(state, run.means)
-            if resume:
+            if resume and not self.fast_dev_run:
                 kept = self._restored(run, folder, resume)
-            run.journal.start(described(self), None if kept is None else {**kept.shared["journal"], TIMES: kept.config["times"]})
+            same = kept is not None and (resume is True or folder is not None and Path(resume).resolve().parent.parent == folder.resolve())
+            run.journal.start(described(self), None if kept is None or not same else {**kept.shared["journal"], TIMES: kept.config["times"]})
             reset_peak(run.device)
             module.train()
             run.events(Callback.on_fit_start, state)
