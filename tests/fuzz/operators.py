@@ -23,6 +23,8 @@ from fxopt.passes.pipeline import applied, run
 from fxopt.runtime import selfcheck
 
 PASSES = "canonicalize | causal | fuse | loss | compact | remat | dead_code"
+_SEEDS = """The database calls operators that draw random numbers under a seed which the call itself sets. A graph has no such statement, so the check of a
+capture finds other numbers, and refuses them: those are the refusals "is not equal to the model" (and `empty_like`, whose values are none)."""
 OPERATORS = [op for op in op_db if torch.float32 in op.dtypes]
 
 
@@ -105,7 +107,7 @@ def main() -> int:
             print(f"{found[name_of(op)].what:9} {name_of(op)}: {found[name_of(op)].says}", flush=True)
     counts = Counter(each.what for each in found.values())
     lines = ["# Operators", "", "Every operator of torch's own test database that takes fp32 on a CPU, as a program of one node: captured, compared with eager, through",
-             f"`{PASSES}`, forward and backward, each pass application certified. `make fuzz-ops` writes this page.", "",
+             f"`{PASSES}`, forward and backward, each pass application certified. `make fuzz-ops` writes this page.", "", _SEEDS, "",
              ", ".join(f"**{number} {what}**" for what, number in counts.most_common()) + f", of {len(found)}.", "", "| operator | outcome | reason |", "|---|---|---|"]
     lines += [f"| {name} | {each.what} | {each.says.replace('|', '/')} |" for name, each in sorted(found.items()) if each.what != "equal"]
     (ROOT / "docs/operators.md").write_text("\n".join(lines) + "\n")

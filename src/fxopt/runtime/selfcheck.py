@@ -263,6 +263,8 @@ def _relative(a: Any, b: Any, scale: float) -> float:
         return 0.0 if type(a) is type(b) and a == b else float("inf")
     if a.shape != b.shape or a.dtype != b.dtype:
         return float("inf")
+    if a.dtype is torch.complex32:
+        a, b = a.to(torch.complex64), b.to(torch.complex64)  # a CPU cannot compare it
     if not (a.is_floating_point() or a.is_complex()):
         return 0.0 if torch.equal(a, b) else float("inf")
     if a.numel() == 0 or torch.equal(a, b):
