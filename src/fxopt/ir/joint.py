@@ -20,8 +20,8 @@ from torch._functorch import aot_autograd
 
 from fxopt.errors import LowerError
 from fxopt.ir import meta
-from fxopt.ir.edit import copy_graph
-from fxopt.ir.region_graph import detach_outputs, reshape_views, share_sizes
+from fxopt.ir.edit import copy_graph, random
+from fxopt.ir.region_graph import detach_outputs, reshape_views, retarget, share_sizes
 from fxopt.ir.regions import Region
 
 
@@ -85,6 +85,9 @@ def trace(region: Region, requires_grad: Sequence[bool], fake_mode: Any, *, only
         LowerError: if the region cannot be differentiated by tracing.
     """
     graph, _ = copy_graph(region.graph)
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.dropout.default and not random(node):
+            retarget(node, torch.ops.aten.clone.default, (node.args[0],))  # it is its input; torch 2.14 gives an output that is an input no gradient
     if only is not None:
         detach_outputs(graph, set(only))
     module = fx.GraphModule(dict(region.modules), graph)

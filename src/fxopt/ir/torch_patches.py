@@ -29,6 +29,8 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _OPS: dict[Any, Any] = {}
 _NUMBER = itertools.count()
 _APPLY = torch.autograd.Function.__dict__["apply"]
+# What a non-reentrant checkpoint runs around the function; since torch 2.14 the old name only calls this one.
+_AROUND = next(name for name in ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator") if hasattr(checkpoint, name))
 
 
 def _opaque(function: type, spec: pytree.TreeSpec, leaves: tuple[Any, ...]) -> tuple[Any, list[Any]]:
@@ -93,13 +95,15 @@ def mark_checkpoints() -> Iterator[None]:
         with fx_traceback.annotate({"checkpoint": next(numbers)}):
             yield
 
-    saved = checkpoint.CheckpointFunction, checkpoint._checkpoint_without_reentrant_generator
-    checkpoint.CheckpointFunction, checkpoint._checkpoint_without_reentrant_generator = Through, generator  # type: ignore[assignment,misc]
+    saved = checkpoint.CheckpointFunction, getattr(checkpoint, _AROUND)
+    checkpoint.CheckpointFunction = Through  # type: ignore[assignment,misc]
+    setattr(checkpoint, _AROUND, generator)
     try:
         with fx_traceback.preserve_node_meta():
             yield
     finally:
-        checkpoint.CheckpointFunction, checkpoint._checkpoint_without_reentrant_generator = saved  # type: ignore[misc]
+        checkpoint.CheckpointFunction = saved[0]  # type: ignore[misc]
+        setattr(checkpoint, _AROUND, saved[1])
 
 
 @contextlib.contextmanager
