@@ -19,9 +19,9 @@ FOLDERS = ("src", "tests", "bench", "demo", "gate")
 LINES = 400
 
 # Which parts of fxopt a part may import.
-_CORE = {"errors", "ir", "kernels"}
+_CORE = {"errors", "torch_private", "ir", "kernels"}
 LAW: dict[str, set[str]] = {
-    "errors": set(), "ir": {"errors"}, "kernels": {"errors"}, "passes": _CORE, "runtime": _CORE, "train": _CORE | {"runtime"},
+    "errors": set(), "torch_private": set(), "ir": {"errors", "torch_private"}, "kernels": {"errors", "torch_private"}, "passes": _CORE, "runtime": _CORE, "train": _CORE | {"runtime"},
     "dispatch": _CORE | {"passes", "runtime"}, "adapting": _CORE | {"passes", "runtime", "dispatch"},
     "certified": _CORE | {"passes", "runtime"}, "explain": _CORE | {"passes", "runtime"}, "view": _CORE | {"passes", "runtime", "explain"},
     "api": _CORE | {"passes", "runtime", "dispatch", "adapting", "certified", "explain"},
@@ -219,6 +219,24 @@ def imports_at_the_top(path: str, text: str) -> list[str]:
     return found
 
 
+def private_torch_in_one_place(path: str, text: str) -> list[str]:
+    """Names of torch that it does not document are taken from torch_private.py, whose tests try each of them."""
+    if part_of(path) is None or path in ("src/fxopt/torch_private.py", "src/fxopt/ir/torch_patches.py"):
+        return []
+    tree = ast.parse(text)
+    found = [_at(path, node, f"{name} is private: import it from fxopt.torch_private") for node, name in _imports(tree)
+             if re.match(r"torch(\.\w+)*\._\w|torch\.fx\.experimental", name)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith(("__", "_check")):
+            chain, inner = [node.attr], node.value
+            while isinstance(inner, ast.Attribute):
+                chain.append(inner.attr)
+                inner = inner.value
+            if isinstance(inner, ast.Name) and inner.id == "torch" and "ops" not in chain:
+                found.append(_at(path, node, f"torch.{'.'.join(reversed(chain))} is private: take it from fxopt.torch_private"))
+    return found
+
+
 def hypothesis_in_tests(path: str, text: str) -> list[str]:
     """hypothesis is needed by tests and cases.py only."""
     if path.startswith("tests/") or path.endswith("/cases.py"):
@@ -276,7 +294,7 @@ def _products(statements: list[ast.stmt]) -> Counter[str]:
 
 
 RULES: tuple[Rule, ...] = (import_law, short, named_for_what_it_is, no_hidden_code, no_architectures, no_tolerances, no_patching, one_editor,
-                           imports_at_the_top, hypothesis_in_tests, no_machine, portable_kernels)
+                           imports_at_the_top, private_torch_in_one_place, hypothesis_in_tests, no_machine, portable_kernels)
 
 
 def sources() -> list[str]:

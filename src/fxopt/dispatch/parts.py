@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils import _pytree as pytree
 
 from fxopt.dispatch.failure import Failure
 from fxopt.dispatch.likeness import Group
@@ -32,6 +31,7 @@ from fxopt.runtime.binding import bind, routing, unrouted
 from fxopt.runtime.flops import Share
 from fxopt.runtime.shell import Shell
 from fxopt.runtime.watched import Watched
+from fxopt.torch_private import pytree
 
 
 class WholeDispatcher(Dispatcher):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils import _pytree as pytree
 
 from fxopt.dispatch.checking import EDGE, Checking
 from fxopt.dispatch.lowered import Entry, Lowered, adapter_of, edges, last_assuming, unbound, without_assumptions, writes_input
@@ -26,6 +25,7 @@ from fxopt.runtime.python_random import kept_random
 from fxopt.runtime.region import RegionRunner
 from fxopt.runtime.smaller import on
 from fxopt.runtime.watched import Watched
+from fxopt.torch_private import pytree
 
 log = logging.getLogger("fxopt")
 KINDS = 16  # kinds of call per model

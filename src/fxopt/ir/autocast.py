@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt.ir import meta
+from fxopt.torch_private import HigherOrderOperator, OpOverload, TorchDispatchMode, pytree
 
 aten = torch.ops.aten
 
@@ -62,8 +61,8 @@ class Casting:
         `inner`. None if no casts of its arguments make it so."""
         if node.op != "call_function":
             return {}
-        if not isinstance(node.target, torch._ops.OpOverload):
-            return None if isinstance(node.target, torch._ops.HigherOrderOperator) else {}
+        if not isinstance(node.target, OpOverload):
+            return None if isinstance(node.target, HigherOrderOperator) else {}
         sources = [source for source in node.all_input_nodes if meta.tensor(source) is not None]
         if not sources or not meta.tensors(node):
             return {}

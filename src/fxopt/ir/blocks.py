@@ -19,12 +19,12 @@ import torch
 import torch.fx as fx
 import torch.fx.traceback as fx_traceback
 import torch.nn as nn
-from torch.utils import _pytree as pytree
 
 from fxopt.ir import meta, torch_patches
 from fxopt.ir.copies import Copy, copy_in
 from fxopt.ir.index import Flow, writes
 from fxopt.ir.twins import Attribute, Twins, Unlike, contents, hooked, plain
+from fxopt.torch_private import HigherOrderOperator, pytree
 
 _LIBRARY = torch.library.Library("fxopt_capture", "FRAGMENT")
 _RESULTS: dict[int, list[tuple[Any, ...]]] = {}  # by number of a stand-in: sizes, strides, dtype, gradient flag of its results
@@ -347,7 +347,7 @@ def _check(node: fx.Node, body: Mapping[fx.Node, Any], values: Mapping[fx.Node, 
         if source in body or source in values or source.op == "get_attr" or not meta.tensors(source):
             continue  # what is outside and no tensor is a size: the same one to both
         raise Unlike(f"{path}: {node.name} reads {source.name}, which is none of its arguments")
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator):
         raise Unlike(f"{path}: it calls {node.target}")
     if any(root not in body for source in writes(node) for root in flow.roots[source]):
         raise Unlike(f"{path}: {node.name} writes into state or into an argument")

@@ -12,7 +12,6 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 from torch.export.graph_signature import InputKind
-from torch.utils import _pytree as pytree
 
 from fxopt.errors import CaptureError, Untraceable
 from fxopt.ir import meta, torch_patches
@@ -23,6 +22,7 @@ from fxopt.ir.edit import copy_graph, inputs_first, read_state
 from fxopt.ir.program import Program, ShapeGuards, Signature, Slot
 from fxopt.ir.regions import repeated_blocks
 from fxopt.ir.structure import opened
+from fxopt.torch_private import OpOverload, pytree, set_grad_enabled
 
 aten = torch.ops.aten
 _COMPUTED = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -145,7 +145,7 @@ def capture(model: nn.Module, call: Call, *, exact: bool = False, share: bool = 
         raise Untraceable(f"{type(model).__name__} cannot be captured: {type(error).__name__}: {_first_line(error)}",
                            where=f"module {path or '<root>'}, {line}" if line else f"module {path or '<root>'}", do=_advice(error)) from error
     finally:
-        torch._C._set_grad_enabled(grad)  # a raise inside a no_grad region of an export leaves it off
+        set_grad_enabled(grad)  # a raise inside a no_grad region of an export leaves it off
     return _from_export(model, call, exported, returned)
 
 
@@ -164,7 +164,7 @@ def _shared(model: nn.Module, call: Call, examples: tuple[torch.Tensor, ...], pl
             note(f"repeated blocks are traced one by one: {_first_line(error)}")
         return None
     finally:
-        torch._C._set_grad_enabled(grad)
+        set_grad_enabled(grad)
 
 
 def _export(model: nn.Module, call: Call, examples: tuple[torch.Tensor, ...], places: torch_patches.CallTrace, returned: Returned,
@@ -305,7 +305,7 @@ def without_out(graph: fx.Graph) -> None:
 
 def _without_out(target: Any) -> Any:
     """The overload of an operator that takes the same arguments but `out`, and returns a new tensor; None if there is none."""
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return None
     wanted = [(a.name, str(a.type)) for a in target._schema.arguments if not a.is_out]
     packet = target.overloadpacket

@@ -28,6 +28,7 @@ from fxopt.ir.joint import Joint
 from fxopt.ir.partition import Classes, MinCut, Split
 from fxopt.ir.region_graph import decode, delay, encode
 from fxopt.ir.regions import is_view
+from fxopt.torch_private import OpOverload
 
 aten = torch.ops.aten
 LARGEST_GROUP = 64  # elements that share a scale: 1.0625 bytes each
@@ -156,7 +157,7 @@ def _proportional(user: fx.Node, node: fx.Node) -> bool:
     if called(user, operator.getitem) or is_view(user):
         return True
     target = user.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return False
     name = target._schema.name
     if name == "aten::_to_copy":

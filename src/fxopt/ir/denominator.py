@@ -23,7 +23,6 @@ from typing import Any
 import sympy
 import torch
 import torch.fx as fx
-from torch.utils import _pytree as pytree
 
 from fxopt.errors import CallError
 from fxopt.ir import meta
@@ -34,6 +33,7 @@ from fxopt.ir.region_graph import extract
 from fxopt.ir.sample_order import ordered
 from fxopt.ir.sample_products import RULES
 from fxopt.ir.samples import CONSTANT, Counted, Free, Mixed, Rows, Samples, Total, expression
+from fxopt.torch_private import pytree
 
 aten = torch.ops.aten
 BY = "denominator"

@@ -15,6 +15,7 @@ import torch.fx as fx
 from fxopt.ir import meta
 from fxopt.ir.index import called, full_arguments
 from fxopt.ir.region_graph import call_behind, drop_unread
+from fxopt.torch_private import OpOverload
 
 # f(x, residual, *rest) = (y, sum, *statistics), where g(sum, *rest) = (y, *statistics).
 _OF_A_SUM = {"fxopt::add_rms_norm": "rms_norm", "fxopt::add_layer_norm": "layer_norm"}
@@ -22,7 +23,7 @@ _OF_A_SUM = {"fxopt::add_rms_norm": "rms_norm", "fxopt::add_layer_norm": "layer_
 
 def _items(node: fx.Node) -> dict[int, fx.Node]:
     """The results of a node that has a second way, by position; empty for any other node, and where nobody reads the sum."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.name not in _OF_A_SUM:
+    if node.op != "call_function" or not isinstance(node.target, OpOverload) or node.target._schema.name not in _OF_A_SUM:
         return {}
     found = {user.args[1]: user for user in node.users if called(user, operator.getitem)}
     return found if 1 in found else {}

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch.utils import _pytree as pytree
 
 from fxopt.errors import CheckError
 from fxopt.ir import meta
 from fxopt.ir.facts import Installed
 from fxopt.ir.program import Assumption, Miss, Program, Record, Rewrite, Sample, Slot
+from fxopt.torch_private import HigherOrderOperator, OpOverload, pytree
 
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
@@ -278,8 +278,8 @@ _RANDOM = torch.Tag.nondeterministic_seeded
 def random(node: fx.Node) -> bool:
     """Whether the node consumes random numbers."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return isinstance(target, torch._ops.HigherOrderOperator)
+    if not isinstance(target, OpOverload):
+        return isinstance(target, HigherOrderOperator)
     if target is torch.ops.aten.dropout.default:
         return bool(node.args[2]) and node.args[1] != 0
     for index, argument in enumerate(target._schema.arguments):
@@ -294,7 +294,7 @@ def mutates(node: fx.Node) -> bool:
     target = node.target
     if target in (torch.ops.aten.batch_norm.default, torch.ops.aten._batch_norm_impl_index.default):
         return bool(node.args[5])
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    return isinstance(target, OpOverload) and target._schema.is_mutable
 
 
 def effectful(node: fx.Node) -> bool:

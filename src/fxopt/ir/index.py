@@ -11,6 +11,7 @@ import torch.fx as fx
 
 from fxopt.ir import meta
 from fxopt.ir.edit import mutates
+from fxopt.torch_private import OpOverload
 
 aten = torch.ops.aten
 
@@ -40,7 +41,7 @@ def called(node: Any, *targets: Any) -> bool:
 def arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of an operator call by schema name, without those that are None or equal to their default."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return {**{str(i): arg for i, arg in enumerate(node.args)}, **node.kwargs}
     found: dict[str, Any] = {}
     for i, argument in enumerate(target._schema.arguments):
@@ -58,7 +59,7 @@ _FROM_END = ("dim", "dims", "dim0", "dim1", "start_dim", "end_dim")
 def full_arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of a call by name, defaults filled in, dimensions counted from the end (`-1` is the last)."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return arguments(node)
     found: dict[str, Any] = {}
     for i, argument in enumerate(target._schema.arguments):
@@ -133,7 +134,7 @@ def sharing(node: fx.Node) -> Iterator[fx.Node]:
     target = node.target
     if node.op != "call_function":
         return
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         yield from node.all_input_nodes  # getitem, and higher-order operators, of which nothing is known
         return
     kind, marked = _shares(target)
@@ -150,7 +151,7 @@ def sharing(node: fx.Node) -> Iterator[fx.Node]:
 
 
 @functools.cache
-def _shares(target: torch._ops.OpOverload) -> tuple[str, tuple[str, ...]]:
+def _shares(target: OpOverload) -> tuple[str, tuple[str, ...]]:
     """What an operator's value may share memory with: "nothing", the "marked" arguments, or "any" of them."""
     marked = tuple(a.name for a in target._schema.arguments if a.alias_info is not None)
     if target in _FRESH:
@@ -161,7 +162,7 @@ def _shares(target: torch._ops.OpOverload) -> tuple[str, tuple[str, ...]]:
 
 
 @functools.cache
-def _names(target: torch._ops.OpOverload) -> tuple[str, ...]:
+def _names(target: OpOverload) -> tuple[str, ...]:
     return tuple(a.name for a in target._schema.arguments)
 
 

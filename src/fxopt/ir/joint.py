@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import torch.fx as fx
 import torch.fx.traceback as fx_traceback
-from torch._functorch import aot_autograd
 
 from fxopt.errors import LowerError
 from fxopt.ir import meta
 from fxopt.ir.edit import copy_graph, random
 from fxopt.ir.region_graph import detach_outputs, reshape_views, retarget, share_sizes
 from fxopt.ir.regions import Region
+from fxopt.torch_private import aot_autograd
 
 
 @dataclass(frozen=True, eq=False)

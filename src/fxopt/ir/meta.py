@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch.utils import _pytree as pytree
+
+from fxopt.torch_private import pytree
 
 PROVENANCE = "fxopt_provenance"
 _TORCH = os.path.dirname(torch.__file__) + os.sep

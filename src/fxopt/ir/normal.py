@@ -13,6 +13,7 @@ import torch.fx as fx
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit, effectful, mutates, random, rule_here
 from fxopt.ir.index import Flow, arguments, called, static, writes
+from fxopt.torch_private import OpOverload
 
 aten = torch.ops.aten
 
@@ -146,7 +147,7 @@ def _without_writes(edit: Edit) -> None:
 
 def _functional(target: Any) -> Any:
     """The operator without the trailing underscore, if it takes the same arguments."""
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.inplace not in target.tags or target.namespace != "aten":
+    if not isinstance(target, OpOverload) or torch.Tag.inplace not in target.tags or target.namespace != "aten":
         return None
     packet = getattr(aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
     found = getattr(packet, target._overloadname, None) if packet is not None else None
@@ -165,7 +166,7 @@ def _visible(flow: Flow, node: fx.Node) -> str | None:
         return "it writes into an input or into the model's state"
     position = flow.order[node]
     for root in flow.roots[x]:
-        if not isinstance(root.target, torch._ops.OpOverload):
+        if not isinstance(root.target, OpOverload):
             return f"nothing is known about the memory of `{root.name}`"
         for other in flow.aliases[root]:
             if other is x or other is node:
@@ -320,7 +321,7 @@ def merge_equal(edit: Edit) -> None:
     for node in edit.nodes:
         if node.op == "get_attr":
             key: Any = ("state", node.target)
-        elif node.op != "call_function" or node in flow.grad or effectful(node) or not isinstance(node.target, torch._ops.OpOverload | type(operator.getitem)):
+        elif node.op != "call_function" or node in flow.grad or effectful(node) or not isinstance(node.target, OpOverload | type(operator.getitem)):
             continue
         elif flow.roots[node] & flow.written or any(flow.roots[x] & flow.written for x in node.all_input_nodes):
             continue

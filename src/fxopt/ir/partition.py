@@ -23,6 +23,7 @@ from fxopt.ir.edit import random
 from fxopt.ir.joint import Joint
 from fxopt.ir.region_graph import delay, extract
 from fxopt.ir.regions import is_view
+from fxopt.torch_private import HigherOrderOperator, OpOverload
 
 aten = torch.ops.aten
 
@@ -225,8 +226,8 @@ def heavy(node: fx.Node) -> bool:
     target = node.target
     if node.op != "call_function" or target is operator.getitem:
         return False
-    if not isinstance(target, torch._ops.OpOverload):
-        return isinstance(target, torch._ops.HigherOrderOperator)
+    if not isinstance(target, OpOverload):
+        return isinstance(target, HigherOrderOperator)
     if target in _HEAVY:
         return True
     if target in _LIGHT_ATEN or is_view(node) or _LIGHT_TAGS.intersection(target.tags):

@@ -17,10 +17,10 @@ from typing import Any
 import sympy
 import torch
 import torch.fx as fx
-from torch.utils import _pytree as pytree
 
 from fxopt.errors import CallError, CheckError
 from fxopt.ir import text as texts
+from fxopt.torch_private import pytree
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch._guards import detect_fake_mode
 
 from fxopt.errors import CheckError
 from fxopt.ir import meta
 from fxopt.ir.regions import is_view
+from fxopt.torch_private import detect_fake_mode
 
 aten = torch.ops.aten
 

@@ -22,6 +22,7 @@ from fxopt.ir import meta
 from fxopt.ir.edit import build_region, effectful, mutates
 from fxopt.ir.part import part_of
 from fxopt.ir.program import Lazy, Program
+from fxopt.torch_private import OpOverload
 
 aten = torch.ops.aten
 
@@ -97,7 +98,7 @@ def is_view(node: fx.Node) -> bool:
     """Whether the node's value shares memory with its first argument (by schema; casts and copies excluded)."""
     if node.op != "call_function":
         return False
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return False
     returns = node.target._schema.returns
     if len(returns) != 1 or returns[0].alias_info is None or returns[0].alias_info.is_write:
@@ -183,7 +184,7 @@ def lazy_nodes(program: Program) -> dict[str, tuple[fx.Node, ...]]:
 
 def memory(node: fx.Node) -> fx.Node:
     """The node whose memory a node's value may share, through views and in-place operations."""
-    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes:
+    while node.op == "call_function" and isinstance(node.target, OpOverload) and node.all_input_nodes:
         returns = node.target._schema.returns
         if not returns or returns[0].alias_info is None:
             break

@@ -17,6 +17,7 @@ from fxopt.ir import meta
 from fxopt.ir.index import called
 from fxopt.ir.region_graph import retarget
 from fxopt.ir.tiling import Tiled
+from fxopt.torch_private import OpOverload
 
 aten = torch.ops.aten
 _SWAPS = {aten.add.Tensor, aten.mul.Tensor}
@@ -64,7 +65,7 @@ def _others(source: fx.Node, root: dict[fx.Node, fx.Node]) -> set[fx.Node]:
     """Memory that a value may share beside its first argument's: an operation of which nothing is known, or a tiled part, may return any
     of its arguments."""
     source = source.args[0] if called(source, operator.getitem) and isinstance(source.args[0], fx.Node) else source
-    if source.op not in ("call_function", "call_module") or _fresh(source) or isinstance(source.target, torch._ops.OpOverload):
+    if source.op not in ("call_function", "call_module") or _fresh(source) or isinstance(source.target, OpOverload):
         return set()
     return {root[each] for each in source.all_input_nodes}
 
@@ -73,7 +74,7 @@ def _fresh(node: fx.Node) -> bool:
     """Whether the value is memory of its own."""
     if called(node, operator.getitem):
         return isinstance(node.args[0], fx.Node) and _fresh(node.args[0])
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+    if node.op != "call_function" or not isinstance(node.target, OpOverload) or node.target._schema.is_mutable:
         return False
     return all(each.alias_info is None for each in node.target._schema.returns)
 
@@ -81,7 +82,7 @@ def _fresh(node: fx.Node) -> bool:
 def _twin(node: fx.Node) -> Any:
     """The operation in place, if there is one that writes its first argument alone."""
     target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or torch.Tag.pointwise not in target.tags:
+    if node.op != "call_function" or not isinstance(target, OpOverload) or target.namespace != "aten" or torch.Tag.pointwise not in target.tags:
         return None
     packet = getattr(aten, target._schema.name.split("::")[1] + "_", None)
     twin = getattr(packet, target._overloadname, None) if packet is not None else None

@@ -19,6 +19,7 @@ import torch.fx as fx
 from fxopt.ir import meta
 from fxopt.ir.edit import mutates
 from fxopt.ir.index import full_arguments, static
+from fxopt.torch_private import OpOverload
 
 aten = torch.ops.aten
 
@@ -299,7 +300,7 @@ def step_of(node: fx.Node, of: Of, rules: Mapping[Any, RowRule]) -> Step:
     if mutates(node):
         raise Mixed("it writes into memory")
     rule = rules.get(node.target) or ROW_RULES.get(node.target)
-    if rule is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+    if rule is None and isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags:
         rule = pointwise
     if rule is None:
         raise Mixed(f"nothing is known of {node.target}")

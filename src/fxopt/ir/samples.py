@@ -27,6 +27,7 @@ from fxopt.ir import meta
 from fxopt.ir.edit import mutates, random
 from fxopt.ir.index import Flow, full_arguments
 from fxopt.ir.program import Slot
+from fxopt.torch_private import OpOverload
 
 
 @dataclass(frozen=True)
@@ -278,7 +279,7 @@ class Samples:
 
     def rule(self, node: fx.Node) -> Callable[..., State] | None:
         """The rule for a node's operator."""
-        pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+        pointwise = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
         return self.rules.get(operator_name(node), self.rules["pointwise"] if pointwise else None)
 
     def _item(self, node: fx.Node) -> State:
@@ -326,7 +327,7 @@ def sizing(node: fx.Node) -> bool:
 
 def operator_name(node: fx.Node) -> str:
     """The operator's name without namespace, overload and the underscore of those that write."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return getattr(node.target, "__name__", str(node.target))
     name = node.target._schema.name.split("::")[1]
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name

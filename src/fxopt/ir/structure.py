@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+
+from fxopt.torch_private import pytree
 
 DEPTH = 8  # of objects in objects
 

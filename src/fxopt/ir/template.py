@@ -10,9 +10,6 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from fxopt.errors import PassError
 from fxopt.ir import meta
@@ -20,6 +17,7 @@ from fxopt.ir.edit import Edit, copy_graph, effectful
 from fxopt.ir.index import static
 from fxopt.ir.normal import normalize
 from fxopt.ir.program import Program, Signature
+from fxopt.torch_private import FakeTensorMode, make_fx, pytree
 
 # Distinct stand-ins for dynamic sizes: primes, larger than the static sizes they could be mistaken for.
 _PRIMES = (7919, 7927, 7933, 7937, 7949, 7951, 7963, 7993, 8009, 8011, 8017, 8039)

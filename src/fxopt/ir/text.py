@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx as fx
-from torch.utils import _pytree as pytree
 
 from fxopt.ir import meta
+from fxopt.torch_private import HigherOrderOperator, OpOverload, pytree
 
 if TYPE_CHECKING:  # a Program prints itself with this module
     from fxopt.ir.program import Program
@@ -274,9 +274,9 @@ def line(code: str, says: Iterable[str]) -> str:
 
 
 def _target(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target)
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return f"higher_order.{target.name()}"
     module = getattr(target, "__module__", "") or ""
     name = getattr(target, "__name__", str(target))
@@ -298,7 +298,7 @@ def _say(value: Any, names: dict[fx.Node, str], symbols: Symbols) -> str:
         return f'float("{value}")'
     if isinstance(value, torch.device):
         return f'torch.device("{value}")'
-    if isinstance(value, torch._ops.OpOverload):
+    if isinstance(value, OpOverload):
         return str(value)
     if isinstance(value, torch.SymInt):
         return symbols.rename(str(value))

@@ -26,6 +26,7 @@ from fxopt.ir.joint import Joint
 from fxopt.ir.partition import Classes, MinCut, Split, value_bytes
 from fxopt.ir.region_graph import extract, put_module
 from fxopt.ir.samples import expression, ratio
+from fxopt.torch_private import OpOverload
 
 aten = torch.ops.aten
 _VIEWS = {"view", "reshape", "_unsafe_view", "expand", "detach", "alias", "clone", "_to_copy", "transpose", "permute", "t", "unsqueeze", "squeeze", "contiguous"}
@@ -147,7 +148,7 @@ class Rows:
 
     def _row_by_row(self, node: fx.Node) -> bool:
         target = node.target
-        if not isinstance(target, torch._ops.OpOverload):
+        if not isinstance(target, OpOverload):
             return False
         unders = {self.under.get(source, 1) for source in node.all_input_nodes if self.dims(source)}
         if len(unders) > 1:

@@ -18,11 +18,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import torch._dynamo.config as dynamo
 import torch.fx.traceback as fx_traceback
 import torch.nn as nn
 import torch.utils.checkpoint as checkpoint
-from torch.utils import _pytree as pytree
+
+from fxopt.torch_private import dynamo_config as dynamo, pytree
 
 NAMESPACE = "fxopt_user"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -130,11 +130,6 @@ def put_aside(attributes: Iterable[tuple[nn.Module, str]]) -> Iterator[set[tuple
         nn.Module.__getattr__ = saved  # type: ignore[method-assign]
         for (_, name), (module, value) in aside.items():
             vars(module).setdefault(name, value)  # what was set meanwhile stays
-
-
-def in_backward() -> bool:
-    """Whether this thread is inside a backward: what runs now is a hook, or a checkpointed forward that is run again."""
-    return torch._C._current_graph_task_id() != -1
 
 
 @contextlib.contextmanager

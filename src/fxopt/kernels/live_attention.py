@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.library import Library, register_autograd, register_fake
 
 from fxopt.errors import CheckError
@@ -19,6 +18,7 @@ from fxopt.kernels.dtypes import wide
 from fxopt.kernels.op import NAMESPACE
 from fxopt.kernels.packed_attention.runs import runs
 from fxopt.kernels.packed_attention.torch_kernels import cpu_backward, cpu_forward, on_cpu
+from fxopt.torch_private import FakeTensor
 
 _LIBRARY = Library(NAMESPACE, "FRAGMENT")
 for _schema in (

@@ -9,13 +9,11 @@ from typing import Any
 
 import sympy
 import torch
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.library import Library, register_fake
 
 from fxopt.errors import CheckError
 from fxopt.kernels.op import NAMESPACE
+from fxopt.torch_private import ConstantSource, DimDynamic, FakeTensor
 
 _LIBRARY = Library(NAMESPACE, "FRAGMENT")
 _LIBRARY.define(

@@ -17,6 +17,7 @@ import torch
 from torch.library import Library, register_autograd, register_fake
 
 from fxopt.errors import CheckError
+from fxopt.torch_private import OpOverload
 
 NAMESPACE = "fxopt"
 # The registrations live as long as this object does.
@@ -51,7 +52,7 @@ class Kernel:
         return self.schema.partition("(")[0]
 
     @property
-    def overload(self) -> torch._ops.OpOverload:
+    def overload(self) -> OpOverload:
         """`torch.ops.fxopt.<name>.default`: the target of the nodes in a graph."""
         return getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
@@ -200,7 +201,7 @@ class FusedOp:
         return (self.forward,) if self.backward is None else (self.forward, self.backward)
 
     @property
-    def overload(self) -> torch._ops.OpOverload:
+    def overload(self) -> OpOverload:
         return self.forward.overload
 
     def __call__(self, *args: object) -> tuple[torch.Tensor, ...]:

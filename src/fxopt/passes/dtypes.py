@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch.utils import _pytree as pytree
 
 from fxopt.errors import FxoptError, PassError
 from fxopt.ir import meta
@@ -34,6 +33,7 @@ from fxopt.ir.index import called
 from fxopt.kernels import catalog
 from fxopt.kernels.formats import named
 from fxopt.kernels.lora_linear.grouping import first_parts
+from fxopt.torch_private import OpOverload, pytree
 
 aten = torch.ops.aten
 NARROW = (torch.bfloat16, torch.float16)
@@ -123,7 +123,7 @@ def _marked(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
     if node.target is catalog.lora_linear.overload:
         yield from _adapted(node)
         return
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         yield from ((each, True) for each in node.all_input_nodes)
         return
     result = meta.tensor(node)
@@ -286,7 +286,7 @@ def check_edges(edit: Edit, before: Dtypes) -> int:
 
 def fake_value(edit: Edit, node: fx.Node) -> Any:
     """The fake value of a node for the operands that it has now; a PassError with its place where the operator refuses them."""
-    if not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
+    if not isinstance(node.target, OpOverload) and node.target is not operator.getitem:
         return meta.value(node)  # a region of its own: its operands are what they were
     try:
         return edit.fake(node.target, node.args, node.kwargs)

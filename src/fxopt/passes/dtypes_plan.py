@@ -18,6 +18,7 @@ from fxopt.ir.index import Flow, called
 from fxopt.kernels import catalog
 from fxopt.passes import dtypes, dtypes_cut
 from fxopt.passes.dtypes import FREE, NARROW, PRODUCT, STATISTIC, WIDE, dtype_of
+from fxopt.torch_private import OpOverload
 
 aten = torch.ops.aten
 # What a cast costs beside the bytes that it moves: starting a kernel takes about as long as moving so many.
@@ -122,7 +123,7 @@ class _Planner:
         if self.to == torch.float32:  # what works in 16 bits works in 32
             if rule.own and target.namespace == "aten" and any(dtype_of(each) in NARROW for each, follows in dtypes.operands(node) if not follows):
                 return False  # but for a norm whose averages are in 16 bits: torch reads wider averages than values, not narrower
-            plain = isinstance(target, torch._ops.OpOverload) and "dtype" not in node.kwargs and not called(node, *_GATHERS)
+            plain = isinstance(target, OpOverload) and "dtype" not in node.kwargs and not called(node, *_GATHERS)
             return (plain and bool(read)) or (rule.kind is not WIDE)
         if rule.kind is WIDE or node not in self.learned or rule.result and any(t.dim() == 0 for t in meta.tensors(node)):
             return False  # a number (a loss, a temperature) costs nothing in fp32

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch.utils import _pytree as pytree
 
 from fxopt.ir import meta
 from fxopt.ir.edit import random
 from fxopt.ir.facts import Stored
 from fxopt.ir.program import Program
+from fxopt.torch_private import OpOverload, pytree
 
 SEED = 0
 ROUNDINGS = 2  # how many roundings of its own dtype one operation's result is moved by: a sum inside it has more than one
@@ -71,7 +71,7 @@ class _Run(fx.Interpreter):
         made = self.run_exactly(n)
         if not self.double or n.op != "call_function":
             return made
-        if isinstance(n.target, torch._ops.OpOverload) and _aliases(n.target):
+        if isinstance(n.target, OpOverload) and _aliases(n.target):
             if not _casts(n):
                 return made
             made = made.clone()  # in fp64 the cast is none and would share memory that the program copies
@@ -86,7 +86,7 @@ class _Run(fx.Interpreter):
         return out
 
     def run_exactly(self, n: fx.Node) -> Any:
-        if n.op != "call_function" or not random(n) or n.target in _SAME_DRAWS or not isinstance(n.target, torch._ops.OpOverload):
+        if n.op != "call_function" or not random(n) or n.target in _SAME_DRAWS or not isinstance(n.target, OpOverload):
             return super().run_node(n)
         if self.draws.replay and n.name in self.draws.values:
             drawn = upcast(self.draws.values[n.name])
@@ -107,7 +107,7 @@ class _Run(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-def _aliases(target: torch._ops.OpOverload) -> bool:
+def _aliases(target: OpOverload) -> bool:
     """Whether an operation returns memory it was given: a view, or a write in place. Neither rounds by itself."""
     return any(result.alias_info is not None for result in target._schema.returns)
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch.utils import _pytree as pytree
 
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit
 from fxopt.ir.part import part_of
+from fxopt.torch_private import pytree
 
 aten = torch.ops.aten
 

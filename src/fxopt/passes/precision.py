@@ -24,6 +24,7 @@ from fxopt.passes.base import Pass, Promise
 from fxopt.passes.dtypes import NARROW, PRODUCT, STATISTIC, dtype_of
 from fxopt.passes.residual import repeated
 from fxopt.passes.verify import materialize
+from fxopt.torch_private import cpu_has
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -94,7 +95,7 @@ class Precision(Pass):
 
     def _target(self, edit: Edit, devices: list[str]) -> torch.dtype:
         if self.dtype != "auto":
-            if self.dtype == "fp16" and devices == ["cpu"] and not torch.cpu._is_amx_fp16_supported():
+            if self.dtype == "fp16" and devices == ["cpu"] and not cpu_has("amx_fp16"):
                 # 0.8 GFLOP/s against 80 in fp32 and 524 in bf16 (measured, one core with AVX512_BF16, 512 x 1024 x 1024)
                 edit.note("this CPU has no AMX-FP16: fp16 products may run without vector arithmetic, up to a hundred times slower "
                           "than fp32: right for a trial, not for speed")
@@ -189,8 +190,8 @@ def computes_bf16(device: str) -> tuple[bool, str]:
         return (True, "the GPU has bf16 arithmetic") if torch.cuda.is_bf16_supported(including_emulation=False) else (
             False, "the GPU has no bf16 arithmetic (fp16 needs a loss scaler: ask for precision(fp16))")
     if device == "cpu":
-        for known, name in ((torch.cpu._is_amx_tile_supported, "AMX"), (torch.cpu._is_avx512_bf16_supported, "AVX512_BF16")):
-            if known():
+        for units, name in (("amx_tile", "AMX"), ("avx512_bf16", "AVX512_BF16")):
+            if cpu_has(units):
                 return True, f"the CPU has {name}"
         return False, "the CPU has no bf16 arithmetic"
     return False, f"nothing is known of bf16 on {device}"

@@ -6,6 +6,7 @@ import torch
 
 from fxopt.ir.edit import Edit, random
 from fxopt.ir.program import Program
+from fxopt.torch_private import OpOverload
 
 aten = torch.ops.aten
 _PROBABILITIES = ("p", "dropout_p", "dropout")
@@ -16,7 +17,7 @@ def quiet(program: Program) -> Program | None:
     edit = Edit(program, "quiet")
     for node in edit.nodes:
         target = node.target
-        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        if node.op != "call_function" or not isinstance(target, OpOverload):
             continue
         places = [i for i, argument in enumerate(target._schema.arguments) if argument.name in _PROBABILITIES and isinstance(_given(node, i, argument), float)]
         if places:
@@ -35,4 +36,4 @@ def _given(node: torch.fx.Node, place: int, argument: torch.Argument) -> object:
 
 def _seeds(node: torch.fx.Node) -> bool:
     """Whether the node reads drawn numbers as the seeds of a dropout that is off."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "fxopt" and any(a.name == "seeds" for a in node.target._schema.arguments)
+    return isinstance(node.target, OpOverload) and node.target.namespace == "fxopt" and any(a.name == "seeds" for a in node.target._schema.arguments)

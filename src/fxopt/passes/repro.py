@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch.utils import _pytree as pytree
 
 from fxopt.ir.program import Program, Sample
 from fxopt.passes.base import Pass
 from fxopt.passes.cases import Case
 from fxopt.passes.interpreted import SEED
+from fxopt.torch_private import OpOverload, pytree
 
 LINES = 60
 _SMALL = 24  # elements of a tensor that is written out; larger ones are drawn
@@ -152,7 +152,7 @@ def _call(node: fx.Node) -> str:
         return f"{args[0]}[{args[1]}]"
     if node.target in _INFIX:
         return f"{args[0]} {_INFIX[node.target]} {args[1]}"
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         raise _Unsaid(f"a call of {getattr(node.target, '__name__', node.target)}")
     return f"torch.ops.{node.target}({', '.join([*args, *(f'{key}={_text(value)}' for key, value in node.kwargs.items())])})"
 

@@ -22,6 +22,7 @@ from fxopt.kernels.adamw.body import fused_step
 from fxopt.kernels.adamw_8bit import OP as ADAMW_8BIT
 from fxopt.kernels.adamw_8bit.codes import BLOCK, count, dynamic_maps
 from fxopt.kernels.dtypes import wide
+from fxopt.torch_private import foreach_copy_, foreach_mul
 
 # Parameters smaller than this keep averages of 32 bits, as in bitsandbytes: the vectors of norms and biases, of which the
 # first shares no block with numbers of its own size, and which are no memory worth saving.
@@ -149,7 +150,7 @@ class Listed(Averages):
         )
         grads = [_like(param.grad, param) for param in params]
         if factor is not None:
-            grads = list(torch._foreach_mul(grads, factor.to(self.dtype)))
+            grads = list(foreach_mul(grads, factor.to(self.dtype)))
         fused_step(params, grads, first, second, *settings.numbers, number)
 
 
@@ -187,7 +188,7 @@ class Flat(Averages):
             param, grad = self._gathered(params, run), self._gathered([each.grad for each in params], run)
             self.call(param, grad, start, stop, factor, settings, number, seed)
             new = [param[a : a + n].view(shape) for a, n, shape in ((self.starts[i] - start, self.sizes[i], self.shapes[i]) for i in run)]
-            torch._foreach_copy_(params, new)
+            foreach_copy_(params, new)
 
     def _runs(self, places: list[int]) -> Iterator[list[int]]:
         """Neighbours to be gathered, and large parameters alone."""

@@ -13,7 +13,7 @@ import torch.fx as fx
 import torch.nn as nn
 
 from fxopt.errors import LowerError
-from fxopt.ir import meta, torch_patches
+from fxopt.ir import meta
 from fxopt.ir.capture import guards
 from fxopt.ir.part import part_of
 from fxopt.ir.partition import Policy
@@ -23,6 +23,7 @@ from fxopt.runtime import hoisting
 from fxopt.runtime.lazy import LazyOutput
 from fxopt.runtime.region import RegionRunner
 from fxopt.runtime.saving import Saving
+from fxopt.torch_private import in_backward
 
 _pending = threading.local()
 
@@ -66,7 +67,7 @@ class BlockForward:
             _pending.run = None
             return run[1](args)
         route = getattr(_pending, "route", None)
-        if not torch_patches.in_backward():
+        if not in_backward():
             self.latest = route
         elif route is None:
             route = self.latest

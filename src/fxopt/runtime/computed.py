@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fxopt.errors import FxoptError
+from fxopt.torch_private import DisableTorchFunctionSubclass, pytree
 
 _ALLOWED = {"requires_grad_", "retain_grad"}
 _COPIES = {"__deepcopy__", "__reduce_ex__"}
@@ -33,7 +33,7 @@ class Computed(torch.Tensor):
                                 "`opt.merge()` gives a module with ordinary weights")
         if name in _COPIES:
             args = pytree.tree_map_only(Computed, lambda value: value.as_subclass(torch.Tensor), args)
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
         if name in _COPIES:
             return out

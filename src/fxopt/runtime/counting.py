@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fxopt.errors import CallError, DataError
 from fxopt.ir.capture import Call
 from fxopt.ir.denominator import Denominator, Underivable, derive
 from fxopt.ir.program import Program
 from fxopt.runtime.binding import live_state
+from fxopt.torch_private import pytree
 
 IGNORED_LABEL = -100
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fxopt.errors import CheckError
 from fxopt.ir.structure import opened
 from fxopt.runtime.lazy import LazyOutput
+from fxopt.torch_private import pytree
 
 _ROWS = 64  # of logits at a time in fp64: 24 MiB each for 50,000 classes
 _ELEMENTS = 1 << 22

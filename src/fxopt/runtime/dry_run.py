@@ -13,10 +13,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fxopt.errors import LowerError
@@ -24,6 +21,7 @@ from fxopt.ir import meta
 from fxopt.kernels.blocks import two_only
 from fxopt.kernels.catalog import CATALOG
 from fxopt.kernels.live_attention import live_attention, live_attention_backward
+from fxopt.torch_private import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, TorchDispatchMode, has_kernel, pytree
 
 aten = torch.ops.aten
 NEAR = 4 << 20  # bytes: blocks of the fused ops, and what a core's cache and its share of the last level hold
@@ -109,7 +107,7 @@ class _Counter(TorchDispatchMode):
         if body is not None:
             with self:
                 return body(*args, **kwargs)
-        if func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        if func.namespace == "aten" and has_kernel(func.name(), "CompositeImplicitAutograd"):
             with self:  # called from a body it comes whole
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)

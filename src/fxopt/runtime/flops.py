@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from fxopt.torch_private import TorchDispatchMode
 
 _ATTENTION_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # which torch 2.13 does not count
 

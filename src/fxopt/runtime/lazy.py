@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fxopt.errors import CallError
+from fxopt.torch_private import DisableTorchFunctionSubclass, make_wrapper_subclass, pytree
 
 
 class LazyOutput(torch.Tensor):
@@ -27,7 +27,7 @@ class LazyOutput(torch.Tensor):
     def of(shape: torch.Size, dtype: torch.dtype, device: torch.device, compute: Callable[[], torch.Tensor], depends: list[torch.Tensor]) -> LazyOutput:
         """A lazy tensor. `depends`: tensors that must not be written before it is computed."""
         requires_grad = (dtype.is_floating_point or dtype.is_complex) and torch.is_grad_enabled() and any(t.requires_grad for t in depends)
-        self = torch.Tensor._make_wrapper_subclass(LazyOutput, shape, dtype=dtype, device=device, requires_grad=requires_grad)
+        self = make_wrapper_subclass(LazyOutput, shape, dtype=dtype, device=device, requires_grad=requires_grad)
         self._compute, self._made = compute, None
         self._versions = [(t, t._version) for t in depends if not t.is_inference()]
         return self
@@ -47,7 +47,7 @@ class LazyOutput(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _KNOWN:
-            with torch._C.DisableTorchFunctionSubclass():
+            with DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         plain = pytree.tree_map(lambda x: x.value() if isinstance(x, LazyOutput) else x, (args, kwargs or {}))
         return func(*plain[0], **plain[1])

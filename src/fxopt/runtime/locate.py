@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch.utils import _pytree as pytree
 
 from fxopt.errors import CheckError
 from fxopt.ir import meta
 from fxopt.ir.edit import mutates
 from fxopt.ir.program import Program
 from fxopt.ir.text import Symbols, called_as, output_names
+from fxopt.torch_private import OpOverload, pytree
 
 _ZERO = {"sqrt", "rsqrt", "log", "log2", "log10", "div", "reciprocal", "pow", "linalg_vector_norm", "norm", "std", "atan2", "prod"}
 
@@ -253,7 +253,7 @@ def _said(program: Program, replay: _Replay, node: fx.Node, phase: str, result: 
 
 
 def _advice(node: fx.Node, reads: Sequence[Range], result: Range) -> str:
-    name = node.target._schema.name.split("::")[1].rstrip("_") if isinstance(node.target, torch._ops.OpOverload) else ""
+    name = node.target._schema.name.split("::")[1].rstrip("_") if isinstance(node.target, OpOverload) else ""
     if name in _ZERO and any(each.zero for each in reads):
         return "keep what it reads away from zero: add a small number before it, or clamp"
     if any(each.inf for each in reads) and result.nan:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fxopt.torch_private import DisableTorchFunctionSubclass
+
 # Memory of the values made inside `recomputed`: a weak reference to it, and how to make it again. The reference keeps the address
 # from being used for other memory, so that a hit is never another tensor.
 _made: dict[int, tuple[StorageWeakRef, Callable[[], torch.Tensor]]] | None = None
@@ -53,7 +55,7 @@ def recomputed() -> Iterator[None]:
 
 
 def _pack(saved: torch.Tensor) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         known = (_made or {}).get(saved.untyped_storage()._cdata)
         # detached: a node that saves its own output would hold itself alive
         return saved.detach() if known is None else _View(known[1], saved.size(), saved.stride(), saved.storage_offset())

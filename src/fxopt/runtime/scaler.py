@@ -13,6 +13,7 @@ import torch
 from fxopt.errors import CheckError, DataError
 from fxopt.ir.facts import LossScale
 from fxopt.ir.program import Program
+from fxopt.torch_private import foreach_mul_, foreach_norm
 
 log = logging.getLogger("fxopt")
 
@@ -105,8 +106,8 @@ class Scaler:
                 groups.setdefault((held.device, held.dtype), []).append(held)
         finite = []
         for group in groups.values():
-            finite += [norm.isfinite() for norm in torch._foreach_norm(group, math.inf)]  # NaN is the largest
-            torch._foreach_mul_(group, 1.0 / self.state.scale)
+            finite += [norm.isfinite() for norm in foreach_norm(group, math.inf)]  # NaN is the largest
+            foreach_mul_(group, 1.0 / self.state.scale)
         by_device: dict[torch.device, list[torch.Tensor]] = {}
         for flag in finite:
             by_device.setdefault(flag.device, []).append(flag)

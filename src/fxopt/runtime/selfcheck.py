@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils import _pytree as pytree
 
 from fxopt.errors import CaptureError
 from fxopt.ir.program import Program
 from fxopt.ir.structure import opened
 from fxopt.kernels.tolerance import SELF_CHECK, SELF_CHECK_FLOOR, SELF_CHECK_RESPONSE, SELF_CHECK_ROUNDINGS
 from fxopt.runtime.binding import locate
+from fxopt.torch_private import pytree
 
 # All gradients of a step are compared up to this many bytes; beyond, those of some parameters of each kind (see `chosen`).
 GRADIENT_BYTES = 512 << 20

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fxopt.ir.capture import Call
 from fxopt.runtime.binding import live_state
 from fxopt.runtime.locate import locate
+from fxopt.torch_private import pytree
 from fxopt.train.batch import Batch, call
 from fxopt.train.randomness import isolated
 from fxopt.train.task import changing_buffers

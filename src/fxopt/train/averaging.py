@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxopt.errors import DataError
+from fxopt.torch_private import foreach_lerp_
 from fxopt.train.batch import Batch, call, to_device
 from fxopt.train.callbacks import Callback, State
 from fxopt.train.task import device_of
@@ -47,7 +48,7 @@ class Averaged(Callback):
         known = [name for name in weights if name in self.average]
         if known:
             share = 1.0 / self.collected if self.decay is None else 1.0 - self.decay
-            torch._foreach_lerp_([self.average[name] for name in known], [weights[name].detach() for name in known], share)
+            foreach_lerp_([self.average[name] for name in known], [weights[name].detach() for name in known], share)
         self.average |= {name: weights[name].detach().clone() for name in new}
 
     def on_validation_start(self, state: State) -> None:

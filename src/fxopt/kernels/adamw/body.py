@@ -8,6 +8,7 @@ from fxopt.kernels.blocks import blocks
 from fxopt.kernels.dtypes import wide
 from fxopt.kernels.in_place import writes
 from fxopt.kernels.stochastic import round_stochastically
+from fxopt.torch_private import fused_adamw_
 
 
 def check(param, grad, exp_avg, exp_avg_sq, grad_factor, step):
@@ -33,7 +34,7 @@ def fused_step(params, grads, exp_avgs, exp_avg_sqs, lr, beta1, beta2, eps, weig
     if not params:
         return
     count = torch.full((), float(step), device=params[0].device)
-    torch._fused_adamw_(
+    fused_adamw_(
         params,
         grads,
         exp_avgs,

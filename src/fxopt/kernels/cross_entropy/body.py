@@ -7,12 +7,12 @@ a row into it. Here forward reads the logits once; backward reads them again and
 from __future__ import annotations
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fxopt.errors import CheckError
 from fxopt.kernels.blocks import as_rows
 from fxopt.kernels.cross_entropy.rows import Terms, row_blocks, take_apart
 from fxopt.kernels.dtypes import wide
+from fxopt.torch_private import FakeTensor
 
 REDUCTIONS = ("none", "mean", "sum")
 
