@@ -43,6 +43,15 @@ def test_fake_tensors_have_sizes_and_no_memory() -> None:
     assert private.detect_fake_mode(a) is mode
 
 
+def test_fake_tensors_refuse_what_depends_on_data() -> None:
+    with private.FakeTensorMode():
+        a = torch.empty(3)
+        with pytest.raises(private.DynamicOutputShapeException):
+            a.nonzero()
+        with pytest.raises(private.DataDependentOutputException):
+            a.sum().item()
+
+
 def test_functions_are_traced_in_operators() -> None:
     graph = private.make_fx(lambda x: nn.functional.linear(x, x).relu(), pre_dispatch=True)(torch.ones(2, 2)).graph
     assert [n.target for n in graph.nodes if n.op == "call_function"] == [torch.ops.aten.linear.default, torch.ops.aten.relu.default]

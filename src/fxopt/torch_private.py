@@ -12,13 +12,14 @@ from torch._dynamo.source import ConstantSource
 from torch._functorch import aot_autograd
 from torch._guards import detect_fake_mode
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["ConstantSource", "DimDynamic", "DisableTorchFunctionSubclass", "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload",
+__all__ = ["ConstantSource", "DataDependentOutputException", "DimDynamic", "DisableTorchFunctionSubclass", "DynamicOutputShapeException", "FakeTensor",
+           "FakeTensorMode", "HigherOrderOperator", "OpOverload",
            "TorchDispatchMode", "aot_autograd", "cpu_has", "detect_fake_mode", "dynamo_config", "foreach_copy_", "foreach_lerp_", "foreach_mul", "foreach_mul_",
            "foreach_norm", "fused_adamw_", "has_kernel", "in_backward", "make_fx", "make_wrapper_subclass", "pytree", "set_grad_enabled"]
 
