@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,18 +93,29 @@ def _writes(before: Program, after: Program) -> str | None:
 
 def differentiable(program: Program) -> set[str]:
     """Trainable slots with a path of differentiable values to an output."""
-    reached = reaching(program.nodes, program.outputs)
+    written_into = any(True for node in program.nodes for _ in writes(node))
+    reached = reaching(program.nodes, program.outputs, Flow(program.graph, program.slots).roots if written_into else {})
     return {str(node.target) for node in reached if node.op == "get_attr" and node.target in program.slots and program.trainable(str(node.target))}
 
 
-def reaching(nodes: Sequence[fx.Node], outputs: Iterable[object]) -> set[fx.Node]:
-    """The nodes with a path of differentiable values to an output. `nodes`: of a graph, in order."""
+def reaching(nodes: Sequence[fx.Node], outputs: Iterable[object], roots: Mapping[fx.Node, frozenset[fx.Node]]) -> set[fx.Node]:
+    """The nodes with a path of differentiable values to an output.
+
+    Args:
+        nodes: of a graph, in order.
+        roots: whose memory each node's value may share; empty where nothing is written. What is written into memory that is read later
+            reaches what its reader reaches, though the reader may take another view of it.
+    """
     reached: set[fx.Node] = {out for out in outputs if isinstance(out, fx.Node)}
+    memory: set[fx.Node] = {root for node in reached for root in roots.get(node, ())}
     for node in reversed(nodes):
+        if node not in reached and any(root in memory for source in writes(node) for root in roots.get(source, ())):
+            reached.add(node)
         if node not in reached or node.target is aten.detach.default or not _carries(node):
             reached.discard(node)
             continue
         reached.update(node.all_input_nodes)
+        memory.update(root for source in node.all_input_nodes for root in roots.get(source, ()))
     return reached
 
 

@@ -25,7 +25,8 @@ OPS = tuple(op.name for op in _FOLDED.values())
 
 def fold(edit: Edit, ops: Iterable[str] = OPS) -> None:
     """Each norm of a sum that may be made in one place with it becomes one of `ops`."""
-    flow, blocks, learning = Flow(edit.graph, edit.slots), repeated(edit.nodes), reaching(edit.nodes, edit.outputs)
+    flow, blocks = Flow(edit.graph, edit.slots), repeated(edit.nodes)
+    learning = reaching(edit.nodes, edit.outputs, flow.roots)
     for norm in edit.nodes:
         op = _FOLDED.get(norm.target) if norm.op == "call_function" else None
         if op is None or edit.spent or op.name not in ops or not called(norm.args[0], aten.add.Tensor):
