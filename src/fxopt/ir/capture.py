@@ -229,7 +229,7 @@ def _from_export(model: nn.Module, call: Call, exported: Any, returned: Returned
     inputs_first(graph, user)
     inline_regions(graph, constants)
     without_out(graph)
-    output = next(reversed(graph.nodes))
+    output = graph.output_node()
     computed = iter(output.args[0])
     flat = [next(computed) if leaf is None else leaf[0] for leaf in returned.leaves]
     fake_mode = next((n.meta["val"].fake_mode for n in graph.nodes if hasattr(n.meta.get("val"), "fake_mode")), None)
@@ -360,7 +360,7 @@ def _splice(graph: fx.Graph, constants: dict[str, Any], node: fx.Node, body: fx.
             if old.op == "get_attr":
                 name = f"{body.target}.{old.target}"
                 constants[name], env[old].target = _attribute(inner, old.target), name
-        results = next(reversed(inner.graph.nodes)).args[0]
+        results = inner.graph.output_node().args[0]
         outs = [env[result] for result in (results if isinstance(results, (tuple, list)) else [results])]
         for i, out in enumerate(outs):
             if detach and meta.tensor(out) is not None:

@@ -93,7 +93,7 @@ def compress(plan: Split, inputs: bool = True) -> Split:
     placeholders = [node for node in backward.nodes if node.op == "placeholder"]
     sound = bounded(backward, placeholders[-len(plan.tangents):])
     given = [node for node in forward.nodes if node.op == "placeholder"]
-    kept = next(reversed(forward.nodes)).args[0]
+    kept = forward.output_node().args[0]
     start = plan.n_outputs + len(plan.mutated)
     own = _from_inputs(forward, given[: plan.n_inputs])
     written = {given[index] for index in plan.mutated}

@@ -120,7 +120,7 @@ class Edit:
     @property
     def outputs(self) -> list[Any]:
         """The flat outputs as edited so far: nodes or constants."""
-        return list(next(reversed(self.graph.nodes)).args[0])
+        return list(self.graph.output_node().args[0])
 
     @property
     def spent(self) -> bool:

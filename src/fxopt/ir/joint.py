@@ -122,7 +122,7 @@ def _read(module: fx.GraphModule, region: Region, info: Any, place: str) -> Join
             tangents.append((desc.output.idx, node))
         else:
             raise LowerError(f"an input of kind {kind} in a joint graph is not supported", where=place)
-    last = next(reversed(graph.nodes))
+    last = graph.output_node()
     outputs: list[Any] = [None] * n_outputs
     gradients: list[fx.Node | None] = [None] * n_primals
     mutated: list[tuple[int, fx.Node]] = []

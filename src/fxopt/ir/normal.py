@@ -219,7 +219,7 @@ def _scatter(edit: Edit, flow: Flow, node: fx.Node, target: Any) -> bool:
 
 def _without_no_ops(edit: Edit) -> None:
     flow = Flow(edit.graph, edit.slots)
-    output = next(reversed(edit.graph.nodes))
+    output = edit.graph.output_node()
     for node in edit.nodes:
         rule = _RULES.get(node.target) if node.op == "call_function" else None
         if rule is None or edit.spent:

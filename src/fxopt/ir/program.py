@@ -221,7 +221,7 @@ class Program:
     @property
     def outputs(self) -> list[Any]:
         """The flat outputs: nodes or constants."""
-        last = next(reversed(self.graph.nodes))
+        last = self.graph.output_node()
         return list(last.args[0])
 
     def history(self) -> Iterator[Program]:

@@ -113,7 +113,7 @@ def reshape_views(graph: fx.Graph) -> None:
 
 def detach_outputs(graph: fx.Graph, keep: set[int]) -> None:
     """Detach every output of a region's graph except those at the positions `keep`."""
-    output = next(reversed(graph.nodes))
+    output = graph.output_node()
     new = []
     for index, node in enumerate(output.args[0]):
         if index not in keep and isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor):
@@ -170,7 +170,7 @@ def encode(forward: fx.Graph, groups: dict[fx.Node, int], start: int) -> None:
         groups: how many elements of the last dimension share a scale, by value.
     """
     made: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
-    output = next(reversed(forward.nodes))
+    output = forward.output_node()
     position = {node: at for at, node in enumerate(forward.nodes)}
     first = next(node for node in forward.nodes if node.op != "placeholder")
     for value, group in groups.items():

@@ -138,7 +138,7 @@ def cut(program: Program, blocks: Iterable[str]) -> Schedule:
 def influences(region: Region) -> tuple[frozenset[int], ...]:
     """For each argument, the outputs that a gradient could flow from to it."""
     reached: dict[fx.Node, frozenset[int]] = {}
-    output = next(reversed(region.graph.nodes))
+    output = region.graph.output_node()
     for index, node in enumerate(output.args[0]):
         if isinstance(node, fx.Node):
             reached[node] = reached.get(node, frozenset()) | {index}
@@ -165,7 +165,7 @@ def differentiable_outputs(region: Region, requires_grad: Sequence[bool]) -> tup
         elif node.target is not aten.detach.default and any(i in carries for i in node.all_input_nodes):
             if any(t.is_floating_point() or t.is_complex() for t in meta.tensors(node)):
                 carries.add(node)
-    return tuple(n in carries for n in next(reversed(region.graph.nodes)).args[0])
+    return tuple(n in carries for n in region.graph.output_node().args[0])
 
 
 def lazy_nodes(program: Program) -> dict[str, tuple[fx.Node, ...]]:

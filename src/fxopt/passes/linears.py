@@ -245,7 +245,7 @@ def heads(edit: Edit, products: Mapping[str, Collection[fx.Node]]) -> dict[str, 
             for name in (*behind[user], *((owner[user],) if user in owner else ())):
                 if len(found) < 2:
                     found.add(name)
-    outputs = next(reversed(edit.nodes)).all_input_nodes
+    outputs = edit.graph.output_node().all_input_nodes
     chosen: dict[str, str] = {}
     for name, nodes in products.items():
         if any(behind[node] - {name} for node in nodes):

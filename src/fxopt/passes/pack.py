@@ -222,7 +222,7 @@ class _Packing(Plan):
             self.reads.append(taken)
 
     def _outputs(self) -> None:
-        last = next(reversed(self.edit.graph.nodes))
+        last = self.edit.graph.output_node()
         for x in self.edit.outputs:
             if isinstance(x, fx.Node) and x in self.layouts and not self.cheap(x):
                 self.leaving.setdefault(x, set()).add(last)

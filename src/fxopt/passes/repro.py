@@ -60,7 +60,7 @@ def region(good: Program, wrong: Program) -> Region:
     new = [node for name, node in news.items() if name not in olds or name in changed]
     pairs: dict[tuple[str, str], tuple[fx.Node, fx.Node]] = {}
     readers = [(node, news[name]) for name, node in olds.items() if name in news and name not in changed]
-    readers.append((next(reversed(good.graph.nodes)), next(reversed(wrong.graph.nodes))))
+    readers.append((good.graph.output_node(), wrong.graph.output_node()))
     outside = {node.name for node in (*old, *new)}
     for a, b in readers:
         for x, y in zip(_leaves(a), _leaves(b)):

@@ -197,7 +197,7 @@ def _parts(binding: Binding, plan: Plan) -> tuple[tuple[Part, ...], dict[str, in
 def _saved(compiled: regions.Region, region: regions.Region, split: Split, sizes: list[int]) -> tuple[Saved, ...]:
     """What `region` saves; its graphs were made from `compiled`, an equal one whose nodes come in the same order."""
     graph = split.forward.graph
-    outputs = next(reversed(graph.nodes)).args[0]
+    outputs = graph.output_node().args[0]
     start = split.n_outputs + len(split.mutated)
     arguments = {node: name for node, name in zip((n for n in graph.nodes if n.op == "placeholder"), (*region.inputs, *region.state))}
     own = {node.name: other.name for node, other in zip(compiled.graph.nodes, region.graph.nodes)}

@@ -70,7 +70,7 @@ def _saved_names(part: Part) -> list[str]:
     graph = part.split.forward.graph
     arguments = dict(zip(_placeholders(graph), (*part.region.inputs, *part.region.state)))
     return [arguments.get(value, value.name) if isinstance(value, fx.Node) else str(value)
-            for value in next(reversed(graph.nodes)).args[0][part.split.n_outputs + len(part.split.mutated):]]
+            for value in graph.output_node().args[0][part.split.n_outputs + len(part.split.mutated):]]
 
 
 def _placeholders(graph: fx.Graph) -> list[fx.Node]:
@@ -94,6 +94,6 @@ def _graph(title: str, graph: fx.Graph, names: dict[fx.Node, str], nodes: dict[s
         if node.name in again:
             says.append("again")
         lines.append(line(f"{node.name} = {called_as(node, symbols)}", says))
-    last = next(reversed(graph.nodes)).args[0]
+    last = graph.output_node().args[0]
     returned = [value.name if isinstance(value, fx.Node) else repr(value) for value in (last if outputs is None else last[:outputs])]
     return [*lines, f"    return {', '.join(returned)}" + ("" if outputs is None else "  # and what is saved")]
