@@ -170,6 +170,14 @@ def test_the_captured_program_is_the_model(spec: Spec) -> None:
             assert torch.equal(value, found.get(f"buffer {name}", value)), name
 
 
+def test_no_pass_fixes_a_size() -> None:
+    """Strides of a retyped pad once made the program one for 3 x 5 tokens."""
+    kinds = [("shape", 0, 0, 8), ("shape", 0, 2, 6), ("special", 3, 1, 8), ("in_place", 1, 0, 3), ("linear", 3, 2, 6), ("norm", 3, 1, 0), ("special", 3, 2, 1),
+             ("gated", 2, 1, 9), ("shape", 1, 0, 2), ("broadcast", 2, 3, 6), ("norm", 1, 2, 1), ("shape", 0, 0, 8)]
+    spec = Spec(tuple(Step(*kind) for kind in kinds), head="smooth", outputs="value", training=False, seed=20, dtype=torch.bfloat16)
+    try_passes(Trial(spec), [make("canonicalize"), make("precision", dtype="fp32"), make("denominator")])
+
+
 def test_a_wrong_pass_is_caught() -> None:
     """The check can fail: an epsilon that is off by little."""
     spec = Spec((Step("norm", option=0), Step("linear")), head="plain")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 import os
@@ -153,7 +154,9 @@ class Edit:
         fake = pytree.tree_map(lambda a: a.meta["val"] if isinstance(a, fx.Node) else a, (args, kwargs or {}))
         key = (target, pytree.tree_structure(fake), *map(meta.signature, pytree.tree_leaves(fake)))
         if key not in self.values:  # equal layers ask the same question many times; a fake run with symbolic sizes takes 2 ms
-            with self.source.fake_mode, torch.no_grad():
+            env = self.source.fake_mode.shape_env
+            # a comparison of sizes that this run makes (for strides) must not fix sizes for whoever uses the same symbols
+            with env.suppress_guards() if env is not None else contextlib.nullcontext(), self.source.fake_mode, torch.no_grad():
                 self.values[key] = target(*fake[0], **fake[1])
         return self.values[key]
 

@@ -217,6 +217,7 @@ def apply(pass_: Pass, program: Program, sample: Sample | None = None, *, fuel: 
         raise PassError(f"{name} requires {fact!r}, which does not hold here", where=f"after {' | '.join(lost)}",
                         do=f"put {' or '.join(makers)} before it" if makers else "no pass in the catalog establishes it")
     edit = Edit(program, by=name, sample=sample, fuel=fuel)
+    fixed = _fixed(program)
     start = time.perf_counter()
     try:
         if fuel != 0:
@@ -226,6 +227,8 @@ def apply(pass_: Pass, program: Program, sample: Sample | None = None, *, fuel: 
     except Exception as error:
         raise PassError(f"{pass_} failed: {type(error).__name__}: {error}", do="this is a bug of the pass: report it with the program's text") from error
     ms = (time.perf_counter() - start) * 1e3
+    if more := sorted(f"{symbol} = {_fixed(program)[symbol]}" for symbol in _fixed(program).keys() - fixed.keys()):
+        raise PassError(f"{pass_} fixed sizes that calls may vary: {', '.join(more)}", do="this is a bug of the pass: report it with the program's text")
     edit.facts -= pass_.destroys
     edit.facts |= pass_.establishes
     tags = pass_.promise.values == "same" and edit.facts != program.facts
@@ -241,6 +244,12 @@ def apply(pass_: Pass, program: Program, sample: Sample | None = None, *, fuel: 
     if promised:
         promises.check(pass_, program, after)
     return after
+
+
+def _fixed(program: Program) -> dict[str, str]:
+    """The symbolic sizes that are known to be one number."""
+    env = program.fake_mode.shape_env
+    return {} if env is None else {str(symbol): str(value) for symbol, value in env.replacements.items() if value.is_number}
 
 
 def applied(program: Program, passes: Iterable[Pass] = ()) -> list[Pass]:
