@@ -19,7 +19,7 @@ from fuzz.run import Counts, Failure, check, plan_of
 from fuzz.steps import HEADS, KINDS
 
 REGRESSIONS = sorted((Path(__file__).resolve().parent.parent / "regressions").glob("*.json"))
-PROGRAMS = 80  # of a default run; docs/verify.md says how many there are with `make fuzz`
+PROGRAMS = 40  # of a default run; docs/verify.md says how many there are with `make fuzz`
 BATCH = 10
 
 
