@@ -172,12 +172,12 @@ def lazy_nodes(program: Program) -> dict[str, tuple[fx.Node, ...]]:
     """For each lazy output, the nodes that nothing else needs, in order."""
     names = {fact.node for fact in program.facts if isinstance(fact, Lazy)}
     eager = [n for n in program.outputs if isinstance(n, fx.Node) and n.name not in names]
-    needed = _ancestors([*eager, *(n for n in program.graph.nodes if n.op == "call_function" and effectful(n))])
+    needed = ancestors([*eager, *(n for n in program.graph.nodes if n.op == "call_function" and effectful(n))])
     needed |= {user for node in needed for user in node.users if user.target is operator.getitem}  # a tuple does not leave its region
     found = {}
     for node in program.outputs:
         if isinstance(node, fx.Node) and node.name in names and node not in needed:
-            mine = _ancestors([node]) - needed
+            mine = ancestors([node]) - needed
             found[node.name] = tuple(n for n in program.graph.nodes if n in mine and n.op == "call_function")
     return found
 
@@ -192,7 +192,8 @@ def memory(node: fx.Node) -> fx.Node:
     return node
 
 
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes and all that they are computed from."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from fxopt.ir import hoist
 from fxopt.ir.edit import effectful
 from fxopt.ir.facts import Hoist
-from fxopt.ir.regions import is_ref
+from fxopt.ir.regions import ancestors, is_ref
 from fxopt.ir.samples import Rows
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class Hoisting:
         self.values = values
         self.skipped = frozenset(self._unread(set(dear), free))
         self.first = self._before(set(dear), free)
-        used = self._ancestors([nodes[name] for name in values])
+        used = ancestors([nodes[name] for name in values])
         self.given = [(index, isinstance(states[node], Rows)) for index, node in enumerate(program.placeholders) if node in used]
         if not any(rows for _, rows in self.given):
             self.values, self.skipped, self.why = {}, frozenset(), "what is frozen depends on no input with samples"
@@ -190,17 +190,6 @@ class Hoisting:
                 found.append(at)
                 wanted |= set(region.inputs)
         return found[::-1]
-
-    @staticmethod
-    def _ancestors(nodes: Iterable[Any]) -> set[Any]:
-        found: set[Any] = set()
-        stack = list(nodes)
-        while stack:
-            node = stack.pop()
-            if node not in found:
-                found.add(node)
-                stack.extend(node.all_input_nodes)
-        return found
 
     # -- a call ----------------------------------------------------------------------------------------------------
 
