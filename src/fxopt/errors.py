@@ -48,3 +48,7 @@ class LowerError(FxoptError):
 
 class DataError(FxoptError):
     """A file, a configuration or a batch is not what it should be."""
+
+
+class ProcessError(FxoptError):
+    """Processes that train together do not fit together, or one of them failed."""

@@ -27,7 +27,7 @@ from fxopt.train.guard import Guard
 from fxopt.train.loader import Source
 from fxopt.train.metrics import Means
 from fxopt.train.optimizers import Optimizer, Rates
-from fxopt.train.strategy import Strategy
+from fxopt.train.strategies import Strategy
 from fxopt.train.task import Task, device_of
 
 if TYPE_CHECKING:

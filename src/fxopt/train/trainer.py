@@ -37,7 +37,7 @@ from fxopt.train.saver import Checkpoints, Saver
 from fxopt.train.schedule import Plateau, Schedule, make_schedule
 from fxopt.train.settings import accumulation, check, described, differing, pieces, planned_steps
 from fxopt.train.signals import Signals
-from fxopt.train.strategy import Single, Strategy
+from fxopt.train.strategies import Strategy, strategy_of
 from fxopt.train.summary import summary
 from fxopt.train.task import Loss, ModelTask, Task, check_trainable, device_of
 
@@ -181,11 +181,7 @@ class Trainer:
         return ModelTask(model, self.loss, self.count, self.metrics)
 
     def _strategy(self) -> Strategy:
-        if not isinstance(self.strategy, str):
-            return self.strategy
-        if self.strategy not in ("single", "auto"):
-            raise DataError(f"There is no strategy {self.strategy!r}.", do="Use single, or give an object of the protocol fxopt.train.strategy.Strategy.")
-        return Single()
+        return strategy_of(self.strategy) if isinstance(self.strategy, str) else self.strategy
 
     def _folder(self, resume: bool | str | Path) -> Path | None:
         """The run's folder, made and swept."""

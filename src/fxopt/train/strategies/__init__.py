@@ -1,0 +1,102 @@
+"""Where a run's processes meet: the few points at which several of them differ from one, and the strategies by name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from fxopt.errors import DataError
+from fxopt.train.strategies.ddp import DDP
+from fxopt.train.strategies.environment import place
+from fxopt.train.strategies.single import Single
+
+
+class Strategy(Protocol):
+    """How a model is trained on the processes of a run. `Single` is the one for one process.
+
+    The loop weighs each batch's loss by its share in the items of the whole step, over all ranks, so gradients are *summed* over ranks.
+    Every method that exchanges something is called by all ranks, in the same order: what the loop does next (another step, a
+    validation, a checkpoint, the end) is decided from numbers that `reduce` has made equal.
+
+    Attributes:
+        name: for messages and `Trainer(strategy=)`. rank, world: this process, and how many there are.
+        lockstep: the forward of the model exchanges something itself (sharded weights are gathered), so that every rank must run as many
+            forwards and backwards as the others. Where a rank has no batch, the loop then gives it one of another time, with weight 0.
+    """
+
+    name: str
+    rank: int
+    world: int
+    lockstep: bool
+
+    def setup(self, model: nn.Module) -> nn.Module:
+        """Wrap or shard the model, and make its weights equal on all ranks; what comes back is called by the loop. Before the optimizers
+        are made, from `model.parameters()`.
+
+        Raises:
+            ProcessError: the ranks have different models.
+        """
+
+    def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around the forward of one batch. `last`: of a step, on all ranks."""
+
+    def backward(self, model: nn.Module, loss: Tensor, last: bool) -> None:
+        """The backward of one batch of a step, whose gradients are added to those of the step. Before the last one nothing need be
+        exchanged; the last one may begin to exchange. A rank without a batch calls none."""
+
+    def synchronize(self, model: nn.Module) -> None:
+        """After the last backward of a step, on every rank, also one that had no batch: afterwards each gradient is the sum over all
+        ranks, and None only if it is None on all. Buffers that the forward has changed are made equal."""
+
+    def reduce(self, values: Sequence[float]) -> list[float]:
+        """Sums over all ranks, bitwise equal on all of them: of items, losses, tokens, metrics, votes."""
+
+    def clip_norm(self, parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
+        """The norm of all gradients, 0-dim, over all ranks and equal on them; scaled down in place to `limit` if it is larger. After
+        `synchronize`."""
+
+    def state(self, model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+        """Whole parameters and buffers of these names, for a checkpoint. Ranks other than 0, which write nothing, may give none."""
+
+    def load(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Write whole parameters and buffers back."""
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Plain data (what `fxopt.train.plain.encode` takes) of every rank, on rank 0; None elsewhere."""
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+
+    def failed(self, error: BaseException) -> None:
+        """This rank's run ends with an error of its own: tell the others, without waiting for them."""
+
+    def close(self, model: nn.Module) -> None:
+        """The run is over, in whatever way: take hooks and wrappers off the model. Exchanges nothing."""
+
+
+GROUP = "fxopt.strategies"
+"""The entry-point group in which packages name strategies of their own: a callable without arguments that gives a `Strategy`."""
+
+STRATEGIES: dict[str, Callable[[], Strategy]] = {"single": Single, "ddp": DDP}
+"""Those of fxopt, by name. Each is made once for every `fit`, `validate`, …, so it takes over a process group that is there."""
+
+
+def strategy_of(name: str) -> Strategy:
+    """The strategy of a name; "auto" is ddp where a launcher has started several processes, and single elsewhere.
+
+    Raises:
+        DataError: there is none of this name. ProcessError: it cannot be had here.
+    """
+    if name == "auto":
+        found = place()
+        name = "ddp" if found is not None and found.world > 1 else "single"
+    if name in STRATEGIES:
+        return STRATEGIES[name]()
+    others = entry_points(group=GROUP)
+    if name in others.names:
+        return others[name].load()()
+    raise DataError(f"There is no strategy {name!r}.", where="the trainer", do=f"There are auto, {', '.join([*STRATEGIES, *sorted(others.names)])}; or give an object of the protocol fxopt.train.strategies.Strategy.")
