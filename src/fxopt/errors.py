@@ -42,6 +42,10 @@ class CheckError(FxoptError):
     """A graph, or the values it computes, failed a check."""
 
 
+class UnprovenError(CheckError):
+    """A check was asked for and found nothing that it could compare: nothing is wrong, and nothing is shown."""
+
+
 class LowerError(FxoptError):
     """A program could not be cut into regions and bound to its modules."""
 

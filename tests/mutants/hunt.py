@@ -64,7 +64,7 @@ def hunt(mutant: Mutant) -> Verdict:
             raise
         return Verdict("structure", "", error.what)
     stage = certifier(mutant.program, before).stage(planted, before, after, stop=True)
-    if stage.holds:
+    if not stage.problems:
         return Verdict("", "", "")
     facts = [says for name, says in stage.facts.items() if says is not None]
     failed = next((each for each in stage.results if each.status == "failed"), None)

@@ -19,15 +19,17 @@ from schema import problems
 
 import fxopt
 from fxopt.cli import main
-from fxopt.errors import CheckError, DataError
+from fxopt.errors import CheckError, DataError, UnprovenError
 from fxopt.ir.capture import Call, capture
 from fxopt.ir.edit import Edit
 from fxopt.ir.hashing import digest, state_digest
+from fxopt.ir.program import Sample
 from fxopt.passes.base import Pass, Promise
 from fxopt.passes.cases import cases
 from fxopt.passes.certificate import Certificate
 from fxopt.passes.certify import certify
 from fxopt.passes.pipeline import applied, run
+from fxopt.passes.verify import Finding
 
 aten = torch.ops.aten
 SCHEMA = json.loads((ROOT / "docs/certificate.schema.json").read_text())
@@ -174,6 +176,47 @@ def test_prerequisites_are_certified_too() -> None:
     assert [stage.text for stage in stages] == ["canonicalize", "fuse"]
 
 
+@dataclass(frozen=True)
+class Draws(Pass):
+    """random numbers of its own: what comes of them is another each time"""
+
+    name: ClassVar[str] = "draws"
+    promise: ClassVar[Promise] = Promise(random="declared")
+
+    def run(self, edit: Edit) -> None:
+        product = next(node for node in edit.nodes if node.target is aten.mul.Tensor)
+        noise = edit.call(aten.rand_like.default, (product,), like=product, before=product.next)
+        edit.replace(product, edit.call(aten.add.Tensor, (product, noise), like=product, before=noise.next), unless=lambda user: user is noise or user.target is aten.add.Tensor)
+
+
+def test_what_was_never_compared_is_unproven_and_no_proof() -> None:
+    plain = function(aliased, torch.randn(2, 3))
+    certificate = certify(run([Draws()], plain.program), [Draws()], plain.inputs, plain.state)
+    stage = certificate.stages[0]
+    assert stage.results and all(each.status == "skipped" for each in stage.results) and not stage.problems
+    assert stage.verdict == certificate.verdict == "unproven" and not certificate.holds and not certificate.failures
+    assert "unproven" in str(certificate) and "???  draws" in str(certificate) and problems(json.loads(certificate.json()), SCHEMA) == []
+    assert Certificate.read(certificate.json()) == certificate
+    with pytest.raises(UnprovenError, match="nothing was compared with the program before"):
+        certificate.require()
+    with pytest.raises(UnprovenError):
+        run([Draws()], plain.program, verify="values", sample=Sample(plain.inputs, plain.state))
+    assert dataclasses.replace(certificate, stages=()).verdict == "unproven"
+    mixed = dataclasses.replace(stage, results=(*stage.results, dataclasses.replace(stage.results[0], status="equal", against="W")))
+    assert mixed.uncompared == ["the program before"]  # what was compared with something else is no proof of this
+    assert dataclasses.replace(stage, facts={"outputs": "wrong"}).verdict == "fails"
+
+
+def test_what_is_zero_on_every_case_is_told() -> None:
+    def half(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (x * 2.0).relu() + y * 0.0, y * 0.0
+
+    plain = function(half, torch.randn(2, 3).requires_grad_(), torch.randn(2, 3).requires_grad_())
+    stage = certify(run("canonicalize", plain.program), applied(run("canonicalize", plain.program)), plain.inputs, plain.state).stages[0]
+    assert stage.verdict == "holds" and stage.unseen == ("gradient of input tensors_1", "output 1")
+    assert "little was seen of: gradient of input tensors_1, output 1" in str(certify(run("canonicalize", plain.program), applied(run("canonicalize", plain.program)), plain.inputs, plain.state))
+
+
 MODULE = '''
 import torch
 from torch import nn
@@ -188,7 +231,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.syspath_prepend(str(tmp_path))
     assert main(["verify", "certified_model:tiny", "--passes", "canonicalize", "--runs", "1", "-o", "c.json"]) == 0
     body = json.loads(Path("c.json").read_text())
-    assert body["holds"] and body["model"] == "certified_model:tiny" and problems(body, SCHEMA) == []
+    assert body["verdict"] == "holds" and body["model"] == "certified_model:tiny" and problems(body, SCHEMA) == []
     assert main(["verify", "c.json"]) == 0
     assert "confirmed" in capsys.readouterr().out
     body["stages"][0]["after"] = "0" * 64
@@ -196,3 +239,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main(["verify", "c.json"]) == 4
     assert "canonicalize: after was 000" in capsys.readouterr().err
     assert main(["verify", "certified_model:tiny", "--passes", "nothing"]) == 2
+    monkeypatch.setattr("fxopt.passes.certify.verify.compare", lambda *a, **k: Finding(0, "", 0.0, "nothing to compare"))
+    assert main(["verify", "certified_model:tiny", "--passes", "canonicalize", "--runs", "0"]) == 5
+    assert "nothing was compared with the program before" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 Torch is imported inside the commands only, so that `fxopt --help` answers at once. Results go to stdout, errors to
 stderr. Exit codes: 0 done, 2 wrong usage, 3 refused (the model cannot be captured, a pass cannot be applied), 4 a check
-failed.
+failed, 5 a check had nothing to compare.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from fxopt.cli import bisect, diff, dump, explain, locate, passes, plan, train, verify, view
 from fxopt.cli.models import UsageError
-from fxopt.errors import CheckError, FxoptError
+from fxopt.errors import CheckError, FxoptError, UnprovenError
 
-DONE, USAGE, REFUSED, FAILED = 0, 2, 3, 4
+DONE, USAGE, REFUSED, FAILED, UNPROVEN = 0, 2, 3, 4, 5
 COMMANDS = (dump, diff, explain, view, locate, plan, train, verify, bisect, passes)  # one file each: `add` says its arguments
 
 
@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(arguments.run(arguments))
     except UsageError as error:
         return _refuse(error, USAGE)
+    except UnprovenError as error:
+        return _refuse(error, UNPROVEN)
     except CheckError as error:
         return _refuse(error, FAILED)
     except FxoptError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fxopt.cli.models import INPUTS, MODEL, UsageError, model_and_inputs
-from fxopt.errors import CheckError, PassError
+from fxopt.errors import CheckError, PassError, UnprovenError
 
 
 def add(commands: Any) -> None:
@@ -43,8 +43,10 @@ def _run(arguments: argparse.Namespace) -> str:
         if found:
             raise CheckError("the certificate is not confirmed: " + "; ".join(found), where=recorded.model,
                              do="where only a version differs, certify the model again with this one")
-    if not made.holds:
+    if made.failures:
         raise CheckError(f"the certificate fails\n{made}", do="find the site with `fxopt bisect`")
+    if not made.holds:
+        raise UnprovenError(f"the certificate is unproven: of some stage nothing was compared\n{made}", do="give inputs that the model runs on in every case, or more runs")
     return f"{made}\n" + ("confirmed: hashes, facts and verdicts are those of the certificate\n" if recorded is not None else "")
 
 

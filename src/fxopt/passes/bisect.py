@@ -137,12 +137,12 @@ class _Search:
             else:
                 found = certifier.stage(self.passes[i], before, after, stop=True)
                 self.tried += 1
-            if not found.holds:
+            if found.problems:
                 self.says = found.problems[0]
                 case = next((each.case for each in found.results if each.status == "failed"), self.cases[0].name)
                 self.failed = next((each for each in self.cases if each.name == case), self.cases[0])
                 return i
-        raise CheckError("the certificate holds: there is nothing to find", do="give a predicate, or more runs, or another seed")
+        raise CheckError("the certificate does not fail: there is nothing to find", do="give a predicate, or more runs, or another seed")
 
     def by_predicate(self) -> int:
         """By halving: the first program is right and the last wrong."""
@@ -172,7 +172,7 @@ class _Search:
             for a, b in zip(self.history[:stage], self.history[1:stage + 1]):
                 certifier.advance(a, b)
             try:
-                return not certifier.stage(pass_, before, after, stop=True).holds
+                return bool(certifier.stage(pass_, before, after, stop=True).problems)
             except FxoptError:
                 return True
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from fxopt.errors import CheckError, DataError
+from fxopt.errors import CheckError, DataError, UnprovenError
 
-FORMAT, VERSION = "fxopt-certificate", 1
+FORMAT, VERSION = "fxopt-certificate", 2
 METHOD = "randomized testing: drawn and adversarial inputs, compared with fp64; not a proof"
 STATUS = ("equal", "within", "skipped", "failed")
+HOLDS, UNPROVEN, FAILS = "holds", "unproven", "fails"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Stage:
         rewrites: how many sites it rewrote.
         facts: each structural fact, with None or what is wrong.
         results: of the comparisons.
+        unseen: the outputs, gradients and buffers that were compared, and had no finite value other than zero on any case: of those, a
+            comparison shows little.
     """
 
     text: str
@@ -63,6 +66,7 @@ class Stage:
     rewrites: int
     facts: Mapping[str, str | None]
     results: tuple[Result, ...]
+    unseen: tuple[str, ...] = ()
 
     @property
     def problems(self) -> list[str]:
@@ -71,17 +75,33 @@ class Stage:
                 + [f"{each.case}: {each.says}" for each in self.results if each.status == "failed"])
 
     @property
+    def uncompared(self) -> list[str]:
+        """What the stage should have been compared with, and was on no case: nothing wrong was found there, and nothing right either."""
+        against = dict.fromkeys(each.against for each in self.results) or {"anything": None}
+        return [name for name in against if not any(each.against == name and each.status in ("equal", "within") for each in self.results)]
+
+    @property
+    def verdict(self) -> str:
+        """"fails": something is wrong. "unproven": nothing is, and something was compared on no case. "holds": neither."""
+        return FAILS if self.problems else UNPROVEN if self.uncompared else HOLDS
+
+    @property
     def holds(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.problems
+        """Whether it was compared and nothing is wrong."""
+        return self.verdict == HOLDS
 
     def require(self) -> None:
         """Raise unless the stage holds.
 
         Raises:
             CheckError: with everything that is wrong, at most five of it.
+            UnprovenError: nothing is known to be wrong, and nothing was compared.
         """
-        if not self.holds:
+        if self.verdict == UNPROVEN:
+            why = "; ".join(dict.fromkeys(f"{each.case}: {each.says}" for each in self.results[:5] if each.status == "skipped"))
+            raise UnprovenError(f"nothing was compared with {', '.join(self.uncompared)}{f': {why}' if why else ''}", where=f"after {self.text}",
+                                do="give an example that the model runs on, or leave the verification out")
+        if self.problems:
             shown = self.problems[:5]
             raise CheckError("; ".join(shown) + (f"; and {len(self.problems) - 5} more" if len(self.problems) > 5 else ""), where=f"after {self.text}",
                              do="this is a bug of the pass, or its promise should be another; `fxopt bisect` finds the site")
@@ -116,29 +136,35 @@ class Certificate:
 
     @property
     def holds(self) -> bool:
-        """Whether every stage holds."""
-        return all(stage.holds for stage in self.stages)
+        """Whether every stage holds; there must be one."""
+        return self.verdict == HOLDS
+
+    @property
+    def verdict(self) -> str:
+        """The worst of the stages': "fails", "unproven" (also of no stage at all), "holds"."""
+        found = {stage.verdict for stage in self.stages} or {UNPROVEN}
+        return next(each for each in (FAILS, UNPROVEN, HOLDS) if each in found)
 
     @property
     def failures(self) -> list[Stage]:
-        """The stages that do not hold."""
-        return [stage for stage in self.stages if not stage.holds]
+        """The stages of which something is wrong."""
+        return [stage for stage in self.stages if stage.verdict == FAILS]
 
     def require(self) -> Certificate:
         """This certificate, if it holds.
 
         Raises:
-            CheckError: it does not; see `Stage.require`.
+            CheckError: it does not; see `Stage.require`. What is wrong comes before what is unproven.
         """
-        for stage in self.stages:
+        for stage in (*self.failures, *self.stages):
             stage.require()
         return self
 
     def json(self) -> str:
         """The certificate as JSON text, in a fixed order."""
-        body = {"format": FORMAT, "version": VERSION, "method": METHOD, "holds": self.holds, **dataclasses.asdict(self)}
+        body = {"format": FORMAT, "version": VERSION, "method": METHOD, "verdict": self.verdict, **dataclasses.asdict(self)}
         for stage, made in zip(body["stages"], self.stages):
-            stage["holds"] = made.holds
+            stage["verdict"] = made.verdict
             for result in stage["results"]:
                 result["ratio"] = _finite(result["ratio"])
         return json.dumps(body, indent=1) + "\n"
@@ -159,7 +185,7 @@ class Certificate:
         if body.get("version") != VERSION:
             raise DataError(f"the certificate has version {body.get('version')}, this is {VERSION}", where=where, do="certify the model again")
         try:
-            stages = tuple(Stage(**{**{k: v for k, v in stage.items() if k != "holds"},
+            stages = tuple(Stage(**{**{k: v for k, v in stage.items() if k != "verdict"}, "unseen": tuple(stage["unseen"]),
                                     "results": tuple(Result(**{**each, "ratio": float(each["ratio"])}) for each in stage["results"])}) for stage in body["stages"])
             fields = {field.name: body[field.name] for field in dataclasses.fields(cls) if field.name not in ("stages", "inputs")}
             return cls(**fields, stages=stages, inputs=tuple(body["inputs"]) if body["inputs"] is not None else None)
@@ -178,7 +204,7 @@ class Certificate:
         if len(self.stages) != len(now.stages):
             return [*found, f"{len(self.stages)} pass applications were certified, and there are {len(now.stages)}"]
         for a, b in zip(self.stages, now.stages):
-            found += [f"{a.text}: {name} was {getattr(a, name)} and is {getattr(b, name)}" for name in ("text", "before", "after", "rewrites", "holds") if getattr(a, name) != getattr(b, name)]
+            found += [f"{a.text}: {name} was {getattr(a, name)} and is {getattr(b, name)}" for name in ("text", "before", "after", "rewrites", "verdict") if getattr(a, name) != getattr(b, name)]
             found += [f"{a.text}: {x.case} was {x.status} and is {y.status}: {y.says}" for x, y in zip(a.results, b.results)
                       if (x.status == "failed", x.status == "skipped") != (y.status == "failed", y.status == "skipped")]
             if len(a.results) != len(b.results):
@@ -186,16 +212,24 @@ class Certificate:
         return found
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {'holds' if self.holds else 'FAILS'} ({METHOD})", f"  passes: {self.passes}",
+        lines = [f"{self.model}: {'FAILS' if self.verdict == FAILS else self.verdict} ({METHOD})", f"  passes: {self.passes}",
                  f"  cases: {', '.join(f'{name} {shapes}' for name, shapes in self.cases.items())}"]
         for stage in self.stages:
             ratio = max((each.ratio for each in stage.results), default=0.0)
             counts = {status: sum(each.status == status for each in stage.results) for status in STATUS}
             said = ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "nothing compared"
-            lines.append(f"  {'ok  ' if stage.holds else 'FAIL'} {stage.text}: {stage.rewrites} rewrites, {said}, worst at {ratio:.2g} of the allowed error")
+            lines.append(f"  {_SHOWN[stage.verdict]} {stage.text}: {stage.rewrites} rewrites, {said}, worst at {ratio:.2g} of the allowed error")
             lines += [f"       {says}" for says in stage.problems]
+            lines += [f"       nothing was compared with {name}" for name in stage.uncompared if stage.verdict == UNPROVEN]
+            if stage.unseen:
+                more = f" and {len(stage.unseen) - _NAMED} more" if len(stage.unseen) > _NAMED else ""
+                lines.append(f"       zero or not finite on every case, so little was seen of: {', '.join(stage.unseen[:_NAMED])}{more}")
             lines += [f"       {each.case}: {each.says}" for each in stage.results if each.status == "skipped"]
         return "\n".join(lines)
+
+
+_SHOWN = {HOLDS: "ok  ", UNPROVEN: "??? ", FAILS: "FAIL"}
+_NAMED = 6
 
 
 def _finite(value: float) -> float | str:

@@ -67,6 +67,8 @@ class Certifier:
         made = {name: slot for name, slot in after.slots.items() if name not in before.slots}
         known = {key: materialize(after, state) for key, state in self.states.items()}
         results: list[Result] = []
+        zero: set[str] = set()
+        seen: set[str] = set()
         if all(says is None for name, says in facts.items() if name != "random"):
             stored = [slot.made.facts for slot in made.values() if slot.made is not None and isinstance(slot.made.facts, Stored)]
             adapters = _adapters(after, list(made))
@@ -79,7 +81,7 @@ class Certifier:
                 results.append(Result("all", BEFORE, "skipped", says=f"not compared: the pass promises an approximation of values (bound {pass_.promise.bound})"))
             else:
                 promise, old, new = _without_draws(promise, before, after)
-                test = _Test(pass_, promise, coarser, old, new)
+                test = _Test(pass_, promise, coarser, old, new, zero, seen)
                 results += _until_failed((self.compare(test, case, first, known, shared) for case in start), stop)
             facts["aliasing"] = shared[0] if shared else None
             if adapters:
@@ -90,7 +92,7 @@ class Certifier:
             self.kept.clear()
         self.states = known
         promise = {name: value for name, value in dataclasses.asdict(pass_.promise).items() if value is not None}
-        return Stage(pass_.text(), promise, digest(before), digest(after), len(after.log[-1].rewrites) if after.log else 0, facts, tuple(results))
+        return Stage(pass_.text(), promise, digest(before), digest(after), len(after.log[-1].rewrites) if after.log else 0, facts, tuple(results), tuple(sorted(zero - seen)))
 
     def compare(self, test: _Test, case: Case, first: Mapping[str, State], second: Mapping[str, State], shared: list[str]) -> Result:
         """One case, the program before against the one after. What is wrong with the sharing of memory goes into `shared`."""
@@ -114,13 +116,15 @@ class Certifier:
 
 @dataclass(frozen=True)
 class _Test:
-    """What one pass application is held to."""
+    """What one pass application is held to. `zero` and `seen` collect the names of `Finding`'s over the cases."""
 
     pass_: Pass
     promise: Promise
     coarser: bool
     before: Program
     after: Program
+    zero: set[str]
+    seen: set[str]
 
     def result(self, case: Case, against: str, old: Runs, new: Runs) -> Result:
         """Compare; a case that the model itself refuses says nothing about the pass."""
@@ -134,6 +138,8 @@ class _Test:
             return Result(case.name, against, "failed", says=error.what)
         except Exception as error:
             return Result(case.name, against, "failed", says=f"the program after fails, and the one before does not: {_first(error)}")
+        self.zero.update(found.zero)
+        self.seen.update(found.seen)
         status = "skipped" if not found.compared else "equal" if not found.worst else "within"
         return Result(case.name, against, status, found.compared, found.worst, found.ratio, found.says)
 
@@ -228,6 +234,7 @@ def lowered(program: Program, run: Callable[[list[torch.Tensor]], Sequence[Any]]
     """What is found of a program as it is run: `run(inputs)` gives flat outputs and reads the tensors `live`, against the interpreted graph."""
     scalars = any(isinstance(out, torch.fx.Node) and (found := meta.tensor(out)) is not None and not found.dim() and found.is_floating_point() for out in program.outputs)
     results = []
+    test = _Test(Pass(), Promise(), False, program, program, set(), set())
     for case in tested:
         if case.weights is not None:
             continue  # the live weights are not touched
@@ -242,9 +249,9 @@ def lowered(program: Program, run: Callable[[list[torch.Tensor]], Sequence[Any]]
         except Exception as error:
             results.append(Result(case.name, INTERPRETED, "failed", says=f"the program as it is run fails: {_first(error)}"))
             continue
-        results.append(_Test(Pass(), Promise(), False, program, program).result(case, INTERPRETED, old, found))
+        results.append(test.result(case, INTERPRETED, old, found))
     hashed = digest(program)
-    return Stage("lowering", {"values": Promise().values}, hashed, hashed, 0, {}, tuple(results))
+    return Stage("lowering", {"values": Promise().values}, hashed, hashed, 0, {}, tuple(results), tuple(sorted(test.zero - test.seen)))
 
 
 # -- whole pipelines -------------------------------------------------------------------------------------------------
@@ -301,10 +308,13 @@ def stage_of(pass_: Pass, before: Program, after: Program, certifier: Certifier)
     """A stage, and a sentence about it for the report.
 
     Raises:
-        CheckError: it does not hold.
+        CheckError: it fails.
+        UnprovenError: nothing was compared, of a pass that does not declare that nothing can be (an approximation of values of another kind):
+            who asks for verified values is not given others in silence.
     """
     stage = certifier.stage(pass_, before, after, stop=True)
-    stage.require()
+    if stage.problems or _held_to(pass_.promise)[0] is not None:
+        stage.require()
     said = [each for each in stage.results if each.says]
     return stage, max(said, key=lambda each: each.ratio).says if said else "nothing was compared"
 
@@ -312,5 +322,5 @@ def stage_of(pass_: Pass, before: Program, after: Program, certifier: Certifier)
 def summary(certificate: Certificate) -> dict[str, Any]:
     """The verdict in a few numbers."""
     results = [each for stage in certificate.stages for each in stage.results]
-    return {"holds": certificate.holds, "stages": len(certificate.stages), "comparisons": len(results), "failed": sum(each.status == "failed" for each in results),
+    return {"holds": certificate.holds, "verdict": certificate.verdict, "stages": len(certificate.stages), "comparisons": len(results), "failed": sum(each.status == "failed" for each in results),
             "skipped": sum(each.status == "skipped" for each in results), "worst": max((each.ratio for each in results), default=0.0)}

@@ -40,12 +40,15 @@ class Finding:
         worst: the tensor that came nearest to the allowed error.
         ratio: its error as a part of the allowed one.
         says: all of that in words.
+        zero: of the tensors, those without a finite value other than zero before the pass; `seen`: the others.
     """
 
     compared: int
     worst: str
     ratio: float
     says: str
+    zero: frozenset[str] = frozenset()
+    seen: frozenset[str] = frozenset()
 
 
 class Runs:
@@ -154,17 +157,19 @@ def compare(pass_: Pass, old: Runs, new: Runs, *, promise: Promise | None = None
     if promise.random == "declared" and drawn(old.program) != drawn(new.program):
         return Finding(0, "", 0.0, "values not compared: the pass draws random numbers of its own, and the others come out differently")
     shared = _same_names(pass_, promise, old, new)
+    zero = frozenset(name for name in shared if _says_little(old.own[name]))
+    told = {"zero": zero, "seen": frozenset(shared) - zero}
     if promise.values in ("exact", "same"):
         for name in shared:
             if not _equal(old.own[name], new.own[name]) and not _both_nan(old.own[name], new.own[name]):
                 raise CheckError(f"{name} is not bitwise equal: {_difference(old.own[name], new.own[name])}", where=f"after {pass_}",
                                  do=f"this is a bug of {pass_.name}: it promises exactly equal values")
-        return Finding(len(shared), "", 0.0, f"values compared: {len(shared)} tensors bitwise equal")
+        return Finding(len(shared), "", 0.0, f"values compared: {len(shared)} tensors bitwise equal", **told)
     worst, ratio = _within(old, new, shared, coarser)
     if worst and not ratio <= 1.0:
         raise CheckError(f"{worst} differs: {_difference(*_seen(worst, old, new))}, {ratio:.3g} times what rounding explains",
                          where=f"after {pass_}", do=f"this is a bug of {pass_.name}, or its promise should be 'bounded'")
-    return Finding(len(shared), worst, ratio, f"values compared: {len(shared)} tensors" + (f", worst {worst} at {ratio:.2g} of the allowed error" if worst else ""))
+    return Finding(len(shared), worst, ratio, f"values compared: {len(shared)} tensors" + (f", worst {worst} at {ratio:.2g} of the allowed error" if worst else ""), **told)
 
 
 def _unmet(before: Program, new: Runs) -> str | None:
@@ -188,6 +193,12 @@ def _same_names(pass_: Pass, promise: Promise, old: Runs, new: Runs) -> list[str
     if more:
         raise CheckError(f"{more[0]} is taken, and was not", where=f"after {pass_}", do="a value that was detached is no more")
     return [name for name in old.own if name in new.own]
+
+
+def _says_little(value: torch.Tensor) -> bool:
+    """Whether a tensor is empty, or its elements are all zero or not finite: a wrong rewrite upstream would often not show in it."""
+    value = upcast(value)
+    return not bool((value.isfinite() & (value != 0)).any())
 
 
 _FP64 = " in fp64"
