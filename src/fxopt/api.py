@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fxopt.ir import text
 from fxopt.ir.capture import Call
 from fxopt.ir.program import Program
 from fxopt.ir.regions import repeated_blocks
+from fxopt.ir.taps import Tap
 from fxopt.passes import presets
 from fxopt.passes.base import Pass
 from fxopt.passes.bisect import Culprit, Judge
@@ -30,6 +32,7 @@ from fxopt.runtime.locate import NonFinite, locate
 from fxopt.runtime.plan import Plan, planned, planner
 from fxopt.runtime.precision_time import predicted as predicted_precision
 from fxopt.runtime.sizes import largest, resized
+from fxopt.runtime.tapping import Tapping
 
 Passes = str | Pass | Pipeline | Iterable[str | Pass | Pipeline]
 
@@ -225,6 +228,24 @@ class Optimized(Adapting, nn.Module):
         program = self.dispatcher.last.program
         read = {str(node.target) for node in program.nodes if node.op == "get_attr"}
         return locate(program, call.tensors, live_state(self.model, [name for name in program.slots if name in read and name not in program.constants]), scale)
+
+    @contextlib.contextmanager
+    def tap(self, taps: Tapping | Mapping[str, Tap | str]) -> Iterator[Tapping]:
+        """Inside, calls also give values from the middle of their program, or gradients of such: `values()` of what is yielded, after a
+        call and its backward. Outside, calls run the program itself, as before.
+
+        Args:
+            taps: by name; a text is the pattern of a `Tap`. Give what was yielded once more to trace nothing anew.
+
+        Raises:
+            CallError: (of the call) no node is meant by a pattern, with what is nearest; or the call runs in parts.
+        """
+        outer, dispatcher = self.dispatcher.tapping, self.dispatcher
+        dispatcher.tapping = taps if isinstance(taps, Tapping) else Tapping({name: Tap(tap) if isinstance(tap, str) else tap for name, tap in taps.items()})
+        try:
+            yield dispatcher.tapping
+        finally:
+            dispatcher.tapping = outer
 
     def verify(self, inputs: tuple[Any, ...] | Mapping[str, Any] | None = None, *, runs: int = 2, seed: int = 0,
                original: Mapping[str, torch.Tensor] | None = None, name: str | None = None, named_inputs: Sequence[str] | None = None) -> Certificate:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.errors import CheckError, DataError
+from fxopt.errors import CallError, CheckError, DataError
+from fxopt.ir.taps import Tap
 from fxopt.runtime.scaler import Scaler
 from fxopt.runtime.scaler import State as ScalerState
 from fxopt.train.callbacks import Callback, State
@@ -135,21 +136,31 @@ def test_manual_optimization_steps_by_itself() -> None:
 
 
 def test_taps_log_the_values_of_the_step_itself(tmp_path: Path) -> None:
-    taps = Taps({"first": "a", "loss": "*loss*"}, every=2)
-    weights: list[float] = []
+    taps = Taps({"first": "a", "loss": "*loss*", "slope": Tap("a", "norm", gradient=True), "sizes": Tap("a", "histogram")}, every=2)
+    weights: list[tuple[float, float]] = []
 
     class First(Callback):
         def on_batch_start(self, state: State, batch: Any, index: int) -> None:
-            weights.append(float(state.model.model.a(batch[0]).abs().max()))
+            inner = state.model.model
+            value = inner.a(batch[0]).detach().requires_grad_()
+            with torch.random.fork_rng(devices=[]):
+                nn.functional.cross_entropy(inner.b(inner.drop(value.relu())), batch[1]).backward(inputs=[value])
+            weights.append((float(value.abs().max()), float(value.grad.norm())))
 
     opt = fxopt.optimize(Net(), inputs=batches(1)[0])
+    before = opt.program
     result, _ = run(opt, callbacks=[taps, First()], output_dir=tmp_path, checkpoints=False)
     found = rows(tmp_path)
-    assert [("tap/first" in row) for row in found] == [True, False] * 3
+    assert [("tap/first" in row) for row in found] == [True, False] * 3 and opt.program is before
     assert all(row["tap/loss"] == pytest.approx(row["loss"]) for row in found[::2]), "with the same dropout"
-    assert [row["tap/first"] for row in found[::2]] == pytest.approx(weights[::2])
+    assert [(row["tap/first"], row["tap/slope"]) for row in found[::2]] == [pytest.approx(pair) for pair in weights[::2]]
+    assert all(sum(count for name, count in row.items() if name.startswith("tap/sizes/2^")) == 24 for row in found[::2])
     assert result.losses == run(fxopt.optimize(Net(), inputs=batches(1)[0]))[0].losses
-    with pytest.raises(DataError, match="No node and no module"):
+    with pytest.raises(CallError, match="no node and no module"):
         run(opt, callbacks=[Taps({"x": "nothing.*"})])
-    with pytest.raises(DataError, match="no program to tap"):
+    assert opt.dispatcher.tapping is None
+    with pytest.raises(DataError, match="have a program to tap"):
         run(callbacks=[taps])
+    with pytest.raises(DataError, match="whole value"):
+        Taps({"x": Tap("a", "value")})
+

@@ -12,7 +12,7 @@ from fxopt.dispatch.checking import SEED
 from fxopt.dispatch.lowered import Entry
 from fxopt.dispatch.failure import Failure
 from fxopt.dispatch.parts import Parts, WholeDispatcher
-from fxopt.errors import CaptureError, FxoptError, PassError, Untraceable
+from fxopt.errors import CallError, CaptureError, FxoptError, PassError, Untraceable
 from fxopt.ir import meta
 from fxopt.ir.capture import Call
 from fxopt.passes.lora import Lora, check_targets
@@ -56,6 +56,8 @@ class RootDispatcher(WholeDispatcher):
         self.prepare(call)
         if self.last is not None:
             return self.run(self.last, call)
+        if self.tapping is not None:
+            raise CallError("this call runs in parts, which have programs of their own: there is no whole program to tap", where=self._said(), do="optimize the part, and tap that")
         assert self.parts is not None
         with routing(self.parts.route):
             return type(self.model).forward(self.model, *args, **kwargs)

@@ -24,6 +24,7 @@ from fxopt.runtime.install import install
 from fxopt.runtime.python_random import kept_random
 from fxopt.runtime.region import RegionRunner
 from fxopt.runtime.smaller import on
+from fxopt.runtime.tapping import Tapping
 from fxopt.runtime.watched import Watched
 from fxopt.torch_private import pytree
 
@@ -54,6 +55,7 @@ class Dispatcher(Checking):
         self.last: Lowered | None = None
         self.example: Call | None = None  # the latest one
         self.notes: list[str] = []
+        self.tapping: Tapping | None = None
         self._watched: Watched | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Dispatcher:
@@ -100,7 +102,9 @@ class Dispatcher(Checking):
     def run(self, lowered: Lowered, call: Call) -> Any:
         """The return value of a call, computed by a program that covers it."""
         assert lowered.binding is not None
-        return pytree.tree_unflatten(lowered.binding(self._inputs(lowered, call)), lowered.program.signature.out_spec)
+        tensors = self._inputs(lowered, call)
+        flat = lowered.binding(tensors) if self.tapping is None else self.tapping.run(self.model, lowered.program, self.runners, tensors)
+        return pytree.tree_unflatten(flat, lowered.program.signature.out_spec)
 
     @staticmethod
     def _inputs(lowered: Lowered, call: Call) -> list[torch.Tensor]:

@@ -134,14 +134,16 @@ class Binding:
             `.to()` and sharding wrappers are seen.
         saving: what each region saves for its backward.
         runners: shared by region key over all programs of one model.
+        taps: how many of the last outputs nobody differentiates (see `ir.taps`).
     """
 
-    def __init__(self, model: nn.Module, program: Program, schedule: Schedule, saving: Saving, runners: dict[Any, RegionRunner]) -> None:
+    def __init__(self, model: nn.Module, program: Program, schedule: Schedule, saving: Saving, runners: dict[Any, RegionRunner], taps: int = 0) -> None:
         self.model, self.program, self.schedule, self.saving = model, program, schedule, saving
         self.inputs = [node.name for node in program.placeholders]
         self.steps: list[tuple[Region, RegionRunner, nn.Module | None, list[Any]]] = []
-        loss = part_of(program.facts) is None and any(self._scalar_float(o) for o in program.outputs)
-        later = self._readers(schedule)
+        own = program.outputs[: len(program.outputs) - taps]
+        loss = part_of(program.facts) is None and any(self._scalar_float(o) for o in own)
+        later = self._readers(schedule) | {node.name for node in program.outputs[len(own):]}
         for region in schedule.regions:
             quiet = []
             if loss:
