@@ -29,6 +29,7 @@ from fxopt.ir.program import Program
 from fxopt.passes.pipeline import Pipeline
 from fxopt.runtime.binding import bind, routing, unrouted
 from fxopt.runtime.flops import Share
+from fxopt.runtime.sharding import Unsharded
 from fxopt.runtime.shell import Shell
 from fxopt.runtime.watched import Watched
 from fxopt.torch_private import pytree
@@ -82,6 +83,11 @@ class PartDispatcher(Dispatcher):
     @active.setter
     def active(self, adapter: str | None) -> None:
         pass  # Dispatcher.__init__ sets it; the root keeps it
+
+    @property
+    def weights(self) -> Unsharded:  # type: ignore[override]
+        """The root's."""
+        return self.root.weights
 
     def key(self, call: Call) -> Any:
         """As of any module; and which adapter is active, which may have no weight here."""

@@ -68,12 +68,17 @@ class RootDispatcher(WholeDispatcher):
         Raises:
             CaptureError: neither the whole nor a part of it can be captured.
         """
+        with self.weights.shown():
+            self._prepare(call)
+
+    def _prepare(self, call: Call) -> None:
         self.refresh()
         known = self.in_parts.get(self.key(call)[:-1]) if self.parts is not None else None
         if known is not None:
             self.example = Call(call.spec, call.leaves, tuple(t.detach() for t in call.tensors))
             if self.active is not None and self.fresh:  # another adapter
-                self._capture_parts(call, known)
+                with self.weights.stand_ins():
+                    self._capture_parts(call, known)
             self.last, self.partial = None, True
             return
         notes = len(self.notes)
@@ -81,7 +86,8 @@ class RootDispatcher(WholeDispatcher):
             self.last, self.partial = self.find(call), False
         except Untraceable as error:
             del self.notes[notes:]  # they are of a capture that did not come about
-            self._capture_parts(call, error)
+            with self.weights.stand_ins():
+                self._capture_parts(call, error)
             self.last, self.partial = None, True
 
     def forget(self) -> None:

@@ -23,6 +23,7 @@ from fxopt.runtime.binding import Binding, live_state, routing, unrouted
 from fxopt.runtime.install import install
 from fxopt.runtime.python_random import kept_random
 from fxopt.runtime.region import RegionRunner
+from fxopt.runtime.sharding import Unsharded
 from fxopt.runtime.smaller import on
 from fxopt.runtime.tapping import Tapping
 from fxopt.runtime.watched import Watched
@@ -42,7 +43,12 @@ class Dispatcher(Checking):
         passes: the pipeline.
         check: compare one step of model and graph after each capture.
         verify: None, or "values": every pass's promise is checked on the call's own values.
+
+    Attributes:
+        weights: whether the model has its weights, or pieces of them.
     """
+
+    weights: Unsharded = Unsharded()
 
     def __init__(self, model: nn.Module, passes: Pipeline, *, check: bool = True, verify: str | None = None) -> None:
         self.model, self.check, self.verify = model, check, verify
@@ -153,11 +159,14 @@ class Dispatcher(Checking):
         for entry in self.entries.get(key, ()):
             verdict = entry.guards.check(shapes)
             if verdict == "edge":
-                verdict = self._edge(entry, call, shapes)
+                with self.weights.stand_ins():
+                    verdict = self._edge(entry, call, shapes)
             if verdict == "ok":
                 return self._variant(entry, call)
             reasons.append(verdict)
-        return self._variant(self._capture(call, key, reasons), call)
+        with self.weights.stand_ins():
+            entry = self._capture(call, key, reasons)
+        return self._variant(entry, call)
 
     def key(self, call: Call) -> Any:
         """What a program is valid for, beside sizes: structure, constants, dtypes, modes, what takes a gradient."""
@@ -184,7 +193,9 @@ class Dispatcher(Checking):
         assuming = bool(entry.assumptions) and all(a.holds(call.tensors[index[a.leaf]]) for a in entry.assumptions)
         found = entry.assuming if assuming else entry.plain
         if found is None:
-            found = self._lower(entry, self.passes if assuming or not entry.assumptions else without_assumptions(self.passes), call, check)
+            with self.weights.stand_ins():
+                found = self._lower(entry, self.passes if assuming or not entry.assumptions else without_assumptions(self.passes), call, check)
+            self.weights.accept(found.schedule)
             if assuming:
                 entry.assuming = found
             else:
