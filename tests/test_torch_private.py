@@ -19,6 +19,15 @@ def test_all_names_are_tried_here() -> None:
     assert set(private.__all__) <= tried
 
 
+def test_the_store_of_a_process_group_is_found() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        private.default_store().set("a", "1")
+        assert private.default_store().get("a") == b"1"
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_pytree_flattens_and_puts_back() -> None:
     value = {"a": (1, [2, None]), "b": 3}
     leaves, spec = private.pytree.tree_flatten(value)

@@ -18,9 +18,12 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+if torch.distributed.is_available():  # some builds of torch come without it
+    from torch.distributed.distributed_c10d import _get_default_store as default_store
+
 __all__ = ["ConstantSource", "DataDependentOutputException", "DimDynamic", "DisableTorchFunctionSubclass", "DynamicOutputShapeException", "FakeTensor",
            "FakeTensorMode", "HigherOrderOperator", "OpOverload",
-           "TorchDispatchMode", "aot_autograd", "cpu_has", "detect_fake_mode", "dynamo_config", "foreach_copy_", "foreach_lerp_", "foreach_mul", "foreach_mul_",
+           "TorchDispatchMode", "aot_autograd", "cpu_has", "default_store", "detect_fake_mode", "dynamo_config", "foreach_copy_", "foreach_lerp_", "foreach_mul", "foreach_mul_",
            "foreach_norm", "fused_adamw_", "has_kernel", "in_backward", "make_fx", "make_wrapper_subclass", "pytree", "set_grad_enabled"]
 
 make_wrapper_subclass = torch.Tensor._make_wrapper_subclass

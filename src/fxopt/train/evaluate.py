@@ -16,6 +16,7 @@ from fxopt.train.callbacks import Callback, Events, State
 from fxopt.train.loader import Source
 from fxopt.train.metrics import Means
 from fxopt.train.randomness import isolated
+from fxopt.train.strategies import Strategy
 from fxopt.train.task import Task, device_of
 
 _EVENTS = {
@@ -26,13 +27,14 @@ _EVENTS = {
 
 
 def evaluate(task: Task, model: nn.Module, source: Source, stage: str, state: State, events: Events, limit: int | None,
-             precision: Callable[[], contextlib.AbstractContextManager[Any]], outputs: list[Any] | None = None) -> dict[str, float]:
-    """The means over the data, by name; every sample counts once.
+             precision: Callable[[], contextlib.AbstractContextManager[Any]], strategy: Strategy, outputs: list[Any] | None = None) -> dict[str, float]:
+    """The means over the data of all ranks, by name; every sample counts once.
 
     The model is in evaluation mode meanwhile, and random states are as before afterwards: training goes on as if nothing had been.
 
     Args:
-        stage: validate, test or predict. limit: batches; None: all. outputs: where predictions are put.
+        stage: validate, test or predict. limit: batches; None: all. outputs: where predictions are put, of
+            this rank's batches.
 
     Raises:
         DataError: the data is empty.
@@ -40,13 +42,18 @@ def evaluate(task: Task, model: nn.Module, source: Source, stage: str, state: St
     modes = [(module, module.training) for module in task.module.modules()]
     outer, state.stage = state.stage, stage
     started, before, after, ended = _EVENTS[stage]
-    means, device, number = Means(), device_of(task.module), 0
+    means, device, number, spare = Means(), device_of(task.module), 0, None
     model.eval()
     try:
         with torch.no_grad(), isolated():
             events(started, state)
             for index, batch in enumerate(itertools.islice(source.batches(0, 0), limit)):
+                if strategy.lockstep and not index:
+                    spare = next((given for given in strategy.share(batch) if given is not None), None)
                 if batch is None:
+                    if strategy.lockstep:  # the others' forwards need this rank's part of the weights
+                        with precision():
+                            task.evaluate(model, to_device(spare, device), index, stage, Means())
                     continue
                 number += 1
                 batch = to_device(batch, device)
@@ -56,9 +63,9 @@ def evaluate(task: Task, model: nn.Module, source: Source, stage: str, state: St
                 if outputs is not None:
                     outputs.append(output)
                 events(after, state, batch, index, output)
-            if not number:
+            if not int(sum(strategy.reduce([number]))):
                 raise DataError(f"There is no batch to {stage}.", where="the data", do="Give data that can be passed over again (a list or a DataLoader, no iterator).")
-            results = means.results()
+            results = means.results(strategy)
             if ended is not None:
                 events(ended, state, results)
             else:

@@ -86,12 +86,13 @@ class Guard:
             raise DataError(f"`not_finite` is {not_finite!r}.", where="the trainer", do="Write raise or skip.")
         self.not_finite, self.spikes = not_finite, spikes
 
-    def judge(self, step: int, losses: Sequence[float], norm: float, model: nn.Module, first_batch: int, scaled: bool,
+    def judge(self, step: int, losses: Sequence[float], loss: float, elsewhere: Sequence[int], norm: float, model: nn.Module, first_batch: int, scaled: bool,
               locate: Callable[[int], str]) -> str:
         """Why a step is not taken; empty if it is.
 
         Args:
-            step: its number, from 1. losses: of its batches. norm: of its gradients. first_batch: the place of the first batch in its
+            step: its number, from 1. losses: of this rank's batches. loss: of all ranks'. elsewhere: ranks that have one that is not
+                finite. norm: of its gradients. first_batch: the place of the first batch in its
                 epoch. scaled: the run has a loss scaler, which expects overflows. locate: where in the model a batch of the step becomes bad.
 
         Raises:
@@ -102,6 +103,8 @@ class Guard:
                 place = locate(index)
                 return self._refuse(f"The loss of step {step} is {value}", f"batch {index + 1} of {len(losses)} in this step, number {first_batch + index} of the epoch"
                                     + (f"; first at {place}" if place else ""), "Lower the learning rate or look at that batch.")
+        if elsewhere:
+            return self._refuse(f"The loss of step {step} is not finite", f"rank {elsewhere[0]}, which says more", "Lower the learning rate or look at that rank's batches.")
         if not math.isfinite(norm):
             bad = (name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
             where = next(bad, "the norm of all gradients overflows")
@@ -109,7 +112,7 @@ class Guard:
                 return f"the gradient of {where} overflows at this loss scale"
             place = next(filter(None, map(locate, range(len(losses)))), "")
             return self._refuse(f"The gradient of step {step} is not finite, though the loss is", where + (f"; first at {place}" if place else ""), "Lower the learning rate.")
-        return self.spikes.reason(math.fsum(losses), norm) if self.spikes is not None else ""
+        return self.spikes.reason(loss, norm) if self.spikes is not None else ""
 
     def _refuse(self, what: str, where: str, do: str) -> str:
         if self.not_finite == "raise":

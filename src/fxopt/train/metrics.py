@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from fxopt.errors import DataError
 from fxopt.train.batch import Batch
+
+if TYPE_CHECKING:
+    from fxopt.train.strategies import Strategy
 
 
 @runtime_checkable
@@ -53,14 +56,31 @@ class Means:
         total, weights = self.sums.get(name, (0.0, 0.0))
         self.sums[name] = total + float(value.detach() if isinstance(value, Tensor) else value) * weight, weights + weight
 
-    def results(self) -> dict[str, float]:
-        """The means; NaN where the weights are all 0. Forgets everything."""
+    def results(self, strategy: Strategy) -> dict[str, float]:
+        """The means over all ranks, equal on them; NaN where the weights are all 0. Forgets everything.
+
+        Raises:
+            DataError: a metric with a memory that cannot be added over several ranks.
+        """
+        if strategy.world > 1:
+            self._meet(strategy)
         found = {name: total / weights if weights else math.nan for name, (total, weights) in self.sums.items()}
         for name, metric in self.objects.items():
             found[name] = float(metric.compute())
             metric.reset()
         self.sums, self.objects = {}, {}
         return found
+
+    def _meet(self, strategy: Strategy) -> None:
+        """Add the sums of all ranks. fsum is exact, so the result does not depend on the order of ranks."""
+        shared = strategy.share([{name: list(pair) for name, pair in self.sums.items()}, list(self.objects)])
+        names = dict.fromkeys(name for sums, _ in shared for name in sums)
+        self.sums = {name: (math.fsum(sums[name][0] for sums, _ in shared if name in sums), math.fsum(sums[name][1] for sums, _ in shared if name in sums)) for name in names}
+        for name in {name: None for _, objects in shared for name in objects}:
+            # torchmetrics adds its states over the ranks in `compute`, which all of them must call
+            if not hasattr(self.objects.get(name), "dist_reduce_fx") and not hasattr(self.objects.get(name), "_reductions"):
+                raise DataError(f"The metric {name} has a memory that cannot be added over {strategy.world} processes.", where=name,
+                                do="Give a function (output, batch) to one value for each sample, a metric of torchmetrics that sees a batch on every rank, or evaluate with strategy=\"single\".")
 
     def state_dict(self) -> dict[str, Any]:
         """The sums so far."""

@@ -19,32 +19,33 @@ class Progress(Callback):
 
     Args:
         seconds: time between two plain lines, when stderr is no terminal or NO_COLOR is set.
-        name: what the line begins with.
+        name: what the line begins with. shown: False on the ranks that say nothing.
     """
 
-    def __init__(self, seconds: float = 10.0, name: str = "") -> None:
+    def __init__(self, seconds: float = 10.0, name: str = "", shown: bool = True) -> None:
         self.seconds = seconds
         self.name = name
+        self.shown = shown
         self.console = Console(stderr=True)
         self.live: Live | None = None
         self.next_line = 0.0
 
     def on_fit_start(self, state: State) -> None:
         self.next_line = time.monotonic() + self.seconds
-        if self.console.is_terminal and not os.environ.get("NO_COLOR"):
+        if self.shown and self.console.is_terminal and not os.environ.get("NO_COLOR"):
             self.live = Live(Text("starting …"), console=self.console, auto_refresh=False)
             self.live.start()
 
     def on_step_end(self, state: State) -> None:
         if self.live is not None:
             self.live.update(Text(line(state, self.name)), refresh=True)
-        elif time.monotonic() >= self.next_line:
+        elif self.shown and time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + self.seconds
             print(line(state, self.name), file=sys.stderr, flush=True)
 
     def on_fit_end(self, state: State) -> None:
         self._close()
-        if self.live is None and state.history:
+        if self.shown and self.live is None and state.history:
             print(line(state, self.name), file=sys.stderr, flush=True)
 
     def on_exception(self, state: State, error: BaseException) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import logging
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 
 from fxopt.errors import DataError
 from fxopt.ir.text import text
-from fxopt.runtime.counting import Counter, Items, shares
+from fxopt.runtime.counting import Counter
 from fxopt.runtime.scaler import Scaler
 from fxopt.train.anomaly import first_not_finite
 from fxopt.train.batch import Batch, real_tokens, to_device
 from fxopt.train.callbacks import Callback, Events, State, Step
 from fxopt.train.evaluate import evaluate
+from fxopt.train.groups import Group, read, stand_in
 from fxopt.train.guard import Guard
 from fxopt.train.loader import Source
 from fxopt.train.metrics import Means
@@ -35,23 +37,6 @@ if TYPE_CHECKING:
     from fxopt.train.saver import Saver
 
 log = logging.getLogger("fxopt")
-
-
-@dataclass
-class Group:
-    """The batches of one optimizer step, with each one's share in its loss."""
-
-    batches: list[Batch]
-    weights: list[float]
-    items: float
-    used: int
-    """Batches taken from the data: those left out too."""
-    left_out: int
-    """Those that supervise nothing."""
-    started: float
-    """When the first was asked for, in seconds."""
-    moved: bool
-    """They lie on the model's device."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +95,10 @@ class Run:
     """Those of the checkpoint."""
     hashed: list[Any] = field(default_factory=list)
     """The programs themselves."""
+    spare: Batch = None
+    """A batch for a rank that has none, where all must run as many forwards."""
+    signal: int | None = None
+    """The signal to obey; of several ranks, agreed upon."""
     resumed: bool = False
     """The state was restored, and the next epoch or step goes on where it stood."""
 
@@ -120,9 +109,29 @@ class Run:
     def done(self) -> bool:
         """Whether no step is to begin."""
         state, plan = self.state, self.plan
-        if plan.deadline is not None and time.monotonic() > plan.deadline and not state.stop:
-            state.stop, state.why = True, "the time is used up"
+        if state.world == 1:
+            self._look_at_the_clock()
         return state.step >= plan.steps or state.stop or state.epoch == plan.epochs
+
+    def _look_at_the_clock(self) -> None:
+        if self.plan.deadline is not None and time.monotonic() > self.plan.deadline and not self.state.stop:
+            self.state.stop, self.state.why = True, "the time is used up"
+
+    def _agree(self) -> None:
+        """What one rank asks for, all do; numbers that were logged become means over the ranks that logged them."""
+        state, saver = self.state, self.saver
+        pending = saver.signals.pending if saver is not None else None
+        if state.world == 1:
+            self.signal = pending
+            return
+        self._look_at_the_clock()
+        asked = saver is not None and not state.rank and saver.asks()
+        votes = self.strategy.share([state.stop, state.why, state.validate_now, state.save_now or asked, pending, state.logged])
+        state.stop, state.validate_now, state.save_now = (any(vote[place] for vote in votes) for place in (0, 2, 3))
+        state.why = next((vote[1] for vote in votes if vote[1]), "")
+        self.signal = next((vote[4] for vote in votes if vote[4] is not None), None)
+        names = dict.fromkeys(name for vote in votes for name in vote[5])
+        state.logged = {name: statistics.fmean(vote[5][name] for vote in votes if name in vote[5]) for name in names}
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -137,6 +146,7 @@ class Run:
             return False
         self.step_before = self.state.step
         self.events(Callback.on_epoch_start, self.state)
+        self._agree()
         return True
 
     def groups(self) -> Iterator[Group]:
@@ -147,45 +157,13 @@ class Run:
             batches = itertools.islice(batches, max(0, plan.limit_train - state.batch))
         self.exhausted = False
         while not self.done():
-            group = self._read(batches, plan.accumulate(state.step, state.epoch))
+            group = read(self, batches, plan.accumulate(state.step, state.epoch))
             if group is None:
                 self.exhausted = True
                 return
             yield group
 
-    def _read(self, batches: Iterator[Batch], size: int) -> Group | None:
-        """The next step's batches; those that supervise nothing are left out."""
-        started = time.perf_counter()
-        held = size == 1 or self.device.type == "cpu"  # batches that wait for their turn wait where they were made
-        kept: list[Batch] = []
-        items: list[Items] = []
-        used = left_out = 0
-        for batch in batches:
-            used += 1
-            if batch is None:
-                continue
-            moved = to_device(batch, self.device)
-            if self.graph_scaler:
-                self._scaler_of(moved)
-            found = self.task.items(self.counter, moved)
-            self._note_graph()
-            if found.number:
-                kept.append(moved if held else batch)
-                items.append(found)
-            else:
-                left_out += 1
-            if len(kept) == size:
-                break
-        if not kept:
-            self.state.batch, self.state.skipped = self.state.batch + used, self.state.skipped + left_out
-            return None
-        weights, total = shares(items)
-        if self.state.world > 1:
-            (whole,) = self.strategy.reduce([total])
-            weights = [weight * total / whole for weight in weights]
-        return Group(kept, weights, total, used, left_out, started, held)
-
-    def _note_graph(self) -> None:
+    def note_graph(self) -> None:
         """Remember the hash of the program that a batch runs through; of a resumed run, compare it with those of the checkpoint."""
         if not self.counter.optimized or self.counter.count is not None and not self.graphs and getattr(self.task.module.dispatcher, "last", None) is None:
             return  # nothing was captured yet
@@ -197,7 +175,7 @@ class Run:
                 log.warning("fxopt: the graph of batch %d was not among those of the checkpoint (another torch, or inputs of a new kind): results may differ in the last bits", self.state.batch)
             self.graphs.add(number)
 
-    def _scaler_of(self, batch: Batch) -> None:
+    def scaler_of(self, batch: Batch) -> None:
         """A loss scaler, if the program of the first batch has gradients in fp16."""
         self.graph_scaler = False
         self.task.module.prepare(batch)  # type: ignore[operator]
@@ -224,10 +202,14 @@ class Run:
     def backward(self, group: Group, index: int) -> None:
         """Forward and backward of one batch: its share of the step's loss is differentiated, and added."""
         state, place = self.state, self.state.batch + index
-        batch = group.batches[index] if group.moved else to_device(group.batches[index], self.device)
         last = index == len(group.batches) - 1
+        if group.batches[index] is None:
+            stand_in(self, last)
+            state.micro += 1
+            return
+        batch = group.batches[index] if group.moved else to_device(group.batches[index], self.device)
         self.events(Callback.on_batch_start, state, batch, place)
-        with self.strategy.no_sync(self.model, last), self._autocast():
+        with self.strategy.no_sync(self.model, last), self.autocast():
             loss = self.task.loss(self.model, batch, place)
         if loss is None or self.task.manual:
             value = torch.full((), math.nan) if loss is None else loss.detach()
@@ -243,21 +225,26 @@ class Run:
         state.micro += 1
         self.events(Callback.on_batch_end, state, batch, place, value)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtype = self.plan.autocast
         return torch.autocast(self.device.type, dtype) if dtype is not None else contextlib.nullcontext()
 
     def finish_step(self, group: Group) -> None:
         """Clip, judge, step, and write down what the step measured."""
         state = self.state
+        if not self.task.manual:
+            self.strategy.synchronize(self.model)
         losses = self.known_losses()
+        tokens = sum(real_tokens(batch) for batch in group.batches)
+        bad = [float(rank == state.rank and not all(map(math.isfinite, losses)) and not self.task.manual) for rank in range(state.world)]
+        loss, total, items, *bad = self.strategy.reduce([math.fsum(losses), tokens, group.items, *bad])
         reason, norm = "", math.nan
         if not self.task.manual:
             finite = self.scaler.unscale_(self.parameters) if self.scaler is not None else True
             self.events(Callback.on_backward_end, state)
             norm = self._clip()
-            reason = self.guard.judge(state.step + 1, losses, norm, self.task.module, state.batch, self.scaler is not None,
-                                      lambda index: first_not_finite(self.task.module, to_device(group.batches[index], self.device)) if self.task.calls_module else "")
+            reason = self.guard.judge(state.step + 1, losses, loss, [rank for rank, value in enumerate(bad) if value], norm, self.task.module, state.batch, self.scaler is not None,
+                                      lambda index: self._locate(group, index))
             if not reason:
                 for optimizer in self.optimizers:
                     self.events(Callback.on_before_optimizer_step, state, optimizer)
@@ -269,13 +256,17 @@ class Run:
                 self.scaler.update(finite)
         rate = self.optimizers[0].param_groups[0]["lr"]
         self.rates.after_step()
-        tokens = sum(real_tokens(batch) for batch in group.batches)
-        loss, total, items = self.strategy.reduce([math.fsum(losses), tokens, group.items])
         state.batch, state.micro, state.skipped = state.batch + group.used, 0, state.skipped + group.left_out
         items = int(items) if items == int(items) else items
         state.history.append(Step(loss, float(rate), norm, int(total), items, time.perf_counter() - group.started, reason))
         self.events(Callback.on_step_end, state)
         self._log_step(state.history[-1])
+
+    def _locate(self, group: Group, index: int) -> str:
+        """Where in the model a batch's values become bad; it is asked of one rank, so not where a forward needs all."""
+        if group.batches[index] is None or not self.task.calls_module or self.strategy.lockstep:
+            return ""
+        return first_not_finite(self.task.module, to_device(group.batches[index], self.device))
 
     def known_losses(self) -> list[float]:
         """Of the batches of the present step so far, each weighed by its share. Waits for the device."""
@@ -295,6 +286,8 @@ class Run:
 
     def _log_step(self, step: Step) -> None:
         state = self.state
+        if state.world > 1:
+            self._agree()
         own, state.logged = state.logged, {}
         row = {"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm, "tokens": step.tokens, "items": step.items}
         rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -307,7 +300,7 @@ class Run:
         """Take a row into the newest values, and give it to those who want it."""
         self.state.metrics.update(row)
         self.rates.see(row)
-        if self.saver is not None:
+        if self.saver is not None and not self.state.rank:
             self.saver.see(row)
         if write:
             self.journal.row(self.state, row)
@@ -326,11 +319,14 @@ class Run:
         """A validation, whose row is logged. Training goes on as if there had been none."""
         assert self.validation is not None
         self.validated_at = self.state.step
-        row = evaluate(self.task, self.model, self.validation, "validate", self.state, self.events, self.plan.limit_validate, self._autocast)
+        row = evaluate(self.task, self.model, self.validation, "validate", self.state, self.events, self.plan.limit_validate, self.autocast,
+                       self.strategy)
         self.log(row)
 
     def pause(self) -> None:
         """The only places where a checkpoint is written, or a signal is obeyed."""
+        if not self.state.micro or self.state.world == 1:
+            self._agree()
         if self.saver is not None:
             self.saver.between(self)
 
@@ -354,7 +350,7 @@ class Run:
         self.resumed = False
         if self.validation is not None and self.plan.validate_every is None:
             self.validate()
-        own = self.means.results()
+        own = self.means.results(self.strategy)
         if own:
             self.log(own)
         self.rates.after_epoch(state.metrics)

@@ -93,15 +93,22 @@ class Saver:
         Raises:
             Stopped: SIGTERM or SIGINT came; the run is saved. DataError: a checkpoint could not be written.
         """
-        if self.signals.pending is not None:
+        if run.signal is not None:
             self.save(run, wait=True)
-            raise Stopped(self.signals.pending, str(self.last_good))
+            raise Stopped(run.signal, str(self.last_good))
         if self._due(run.state):
             self.save(run)
 
+    def asks(self) -> bool:
+        """Whether a checkpoint is due by what rank 0 alone knows: the clock, or a value that is the best so far."""
+        return bool(self.best_of) or self._late()
+
+    def _late(self) -> bool:
+        return self.policy.unit == "minute" and time.monotonic() - self.began >= 60 * self.policy.every
+
     def _due(self, state: State) -> bool:
         policy = self.policy
-        if (self.best_of or state.save_now) and not state.micro:
+        if (self.best_of and state.world == 1 or state.save_now) and not state.micro:
             return True
         if policy.unit == "batch":
             return (state.batch + state.micro) % policy.every == 0 and bool(state.micro or state.batch)
@@ -111,7 +118,7 @@ class Saver:
             return self.epoch_due
         if policy.unit == "step":
             return bool(state.step) and state.step % policy.every == 0
-        return time.monotonic() - self.began >= 60 * policy.every
+        return state.world == 1 and self._late()
 
     def save(self, run: Run, wait: bool = False) -> None:
         """Write a checkpoint of the present position, unless it is there already.
@@ -133,8 +140,12 @@ class Saver:
                 self.thread.start()
             elif snapshot is not None:
                 self._write(snapshot, path, facts)
+            else:
+                self.last_good = path  # rank 0 writes it
         if wait or not self.policy.background:
             self.join(run)
+        if wait:
+            run.strategy.barrier()  # no rank ends before it is on disk
 
     def _quietly(self, snapshot: Snapshot, path: Path, facts: Mapping[str, Any]) -> None:
         try:

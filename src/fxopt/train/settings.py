@@ -13,6 +13,7 @@ from torch import nn
 from fxopt.errors import DataError
 from fxopt.train.loader import Source
 from fxopt.train.schedule import make_schedule
+from fxopt.train.strategies import Strategy
 
 if TYPE_CHECKING:
     from fxopt.train.trainer import Trainer
@@ -93,7 +94,7 @@ def planned_steps(data: Source, steps: int | None, epochs: int | None, accumulat
     return steps
 
 
-def pieces(train: Any, val: Any, rank: int, stage: str = "fit") -> tuple[Any, Any]:
+def pieces(train: Any, val: Any, strategy: Strategy, stage: str = "fit") -> tuple[Any, Any]:
     """Training and validation data, from a data module too: `prepare_data` once, `setup` on every rank.
 
     Raises:
@@ -102,8 +103,10 @@ def pieces(train: Any, val: Any, rank: int, stage: str = "fit") -> tuple[Any, An
     name = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}[stage]
     if callable(getattr(train, f"{name}_dataloader", None)):
         module = train
-        if rank == 0 and callable(getattr(module, "prepare_data", None)):
-            module.prepare_data()
+        if callable(getattr(module, "prepare_data", None)):
+            if strategy.rank == 0:
+                module.prepare_data()
+            strategy.barrier()  # what it downloads is there for all
         if callable(getattr(module, "setup", None)):
             module.setup(stage)
         train = getattr(module, f"{name}_dataloader")()

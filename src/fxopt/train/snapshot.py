@@ -35,7 +35,7 @@ class Snapshot:
 
     Attributes:
         weights: the parameters that train and the buffers, by name. shared: what is the same on all ranks. ranks: what is each rank's
-            own: random states, position, gradients of an unfinished step. config: settings, pipeline, hash of the graph.
+            own: random states, position, gradients and buffers of an unfinished step. config: settings, pipeline, hash of the graph.
     """
 
     weights: dict[str, Tensor]
@@ -90,7 +90,8 @@ def capture(run: Run, settings: Mapping[str, Any], frozen: str, copy: bool) -> S
     gradients = {}
     if state.micro or run.task.manual:
         gradients = {name: parameter.grad for name, parameter in run.task.module.named_parameters() if parameter.grad is not None}
-    own = {"random": states(), "data": run.data.state_dict(), "gradients": gradients, "losses": run.known_losses() if state.micro else [], "logged": state.logged}
+    own = {"random": states(), "data": run.data.state_dict(), "gradients": gradients, "losses": run.known_losses() if state.micro else [], "logged": state.logged,
+           "buffers": run.strategy.changed_buffers(run.task.module) if state.world > 1 else {}}
     ranks = run.strategy.gather(cloned(own) if copy else own)
     weights = run.strategy.state(run.task.module, changing(run))
     if ranks is None:
@@ -153,6 +154,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
+@torch.no_grad()
 def restore(run: Run, snapshot: Snapshot, frozen: str) -> None:
     """Make a run go on where the snapshot was taken. Random states are the last thing, in `restore_random_states`.
 
@@ -181,6 +183,9 @@ def restore(run: Run, snapshot: Snapshot, frozen: str) -> None:
     parameters = dict(run.task.module.named_parameters())
     for name, gradient in own["gradients"].items():
         parameters[name].grad = gradient.to(parameters[name].device)
+    held = dict(run.task.module.named_buffers())
+    for name, buffer in own.get("buffers", {}).items():
+        held[name].copy_(buffer)
     run.losses, state.logged = list(own["losses"]), dict(own["logged"])
     run.known_graphs = set(snapshot.config["graphs"])
     run.resumed = bool(state.micro or state.batch)

@@ -77,7 +77,7 @@ class Trainer:
         batch_size, shuffle: for data that are samples. workers: processes that load them.
         output_dir: the run's folder: metrics.jsonl, metrics.csv, times.jsonl, report.html, checkpoints/, and the adapter in adapter/.
         checkpoints: when to save, what to keep; False: never. log_every: steps between rows in the log.
-        strategy: where the run's processes meet. progress: show a line on stderr.
+        strategy: "auto" (ddp under a launcher that started several processes, else single), "single", "ddp", or an object. progress: show a line on stderr.
     """
 
     steps: int | None = None
@@ -115,7 +115,7 @@ class Trainer:
     output_dir: str | Path | None = None
     checkpoints: Checkpoints | bool = True
     log_every: int = 1
-    strategy: Strategy | str = "single"
+    strategy: Strategy | str = "auto"
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -139,8 +139,12 @@ class Trainer:
             CheckError: a loss or a gradient is not finite. The weights are those of the last finished step.
             Stopped: SIGTERM or SIGINT came; the run is saved. A SystemExit, of code 143 or 130.
         """
-        task, strategy = self._task(model), self._strategy()
-        folder = self._folder(resume)
+        task = self._task(model)
+        with self._processes(task) as strategy:
+            return self._fit(task, strategy, train, val, resume)
+
+    def _fit(self, task: Task, strategy: Strategy, train: Any, val: Any, resume: bool | str | Path) -> Result:
+        folder = self._folder(resume, strategy.rank)
         if self.seed is not None:
             randomness.seed_all(self.seed)
         data, validation = self._sources(train, val, strategy)
@@ -180,10 +184,21 @@ class Trainer:
             raise DataError(f"A {type(model).__name__} cannot be trained.", where="the trainer", do="Give a module; a function (model, batch) -> loss goes into `loss`.")
         return ModelTask(model, self.loss, self.count, self.metrics)
 
-    def _strategy(self) -> Strategy:
-        return strategy_of(self.strategy) if isinstance(self.strategy, str) else self.strategy
+    @contextlib.contextmanager
+    def _processes(self, task: Task) -> Iterator[Strategy]:
+        """The strategy of one run; the other processes hear of an error."""
+        strategy = strategy_of(self.strategy) if isinstance(self.strategy, str) else self.strategy
+        if strategy.world > 1 and task.manual:
+            raise DataError(f"Manual optimization steps when it likes; {strategy.world} processes must step together.", where=type(task.module).__name__, do="Use automatic optimization, or strategy=\"single\".")
+        try:
+            yield strategy
+        except BaseException as error:
+            strategy.failed(error)
+            raise
+        finally:
+            strategy.close(task.module)
 
-    def _folder(self, resume: bool | str | Path) -> Path | None:
+    def _folder(self, resume: bool | str | Path, rank: int) -> Path | None:
         """The run's folder, made and swept."""
         if self.output_dir is None or self.fast_dev_run:
             if resume is True and not self.fast_dev_run:
@@ -192,7 +207,8 @@ class Trainer:
         folder = Path(self.output_dir)
         try:
             (folder / "checkpoints" if self.checkpoints else folder).mkdir(parents=True, exist_ok=True)
-            sweep(folder / "checkpoints")
+            if not rank:
+                sweep(folder / "checkpoints")
         except OSError as error:
             raise DataError(f"The folder could not be made: {error.strerror or error}.", where=str(folder)) from error
         if resume is False and self.checkpoints and snapshot.checkpoints(folder / "checkpoints"):
@@ -201,7 +217,7 @@ class Trainer:
 
     def _sources(self, train: Any, val: Any, strategy: Strategy) -> tuple[Source, Source | None]:
         shared = {"batch_size": self.batch_size, "seed": self.seed or 0, "workers": self.workers, "rank": strategy.rank, "world": strategy.world}
-        train, val = pieces(train, val, strategy.rank)
+        train, val = pieces(train, val, strategy)
         if self.overfit_batches is not None:
             val = train if val is not None else None
         data = source_of(train, shuffle=self.shuffle and self.overfit_batches is None, **shared)
@@ -219,7 +235,7 @@ class Trainer:
         made = own[0] if own is not None else optimizers.make(self.optimizer, module, self.lr, self.weight_decay, self.groups)
         rates = own[1] if own is not None and own[1] is not None else Scheduled(made, self._schedules(steps))
         state = State(module, made[0], steps, optimizers=made, rank=strategy.rank, world=strategy.world, folder=folder)
-        callbacks = [*task.hooks, *(adopted(callback, self, task) for callback in self.callbacks), *([Progress()] if self.progress and not strategy.rank else [])]
+        callbacks = [*task.hooks, *(adopted(callback, self, task) for callback in self.callbacks), *([Progress(shown=not strategy.rank)] if self.progress else [])]
         plan = Plan(steps, 1 if self.fast_dev_run else self.epochs, batches_of, self.clip, self.clip_value, limit,
                     1 if self.fast_dev_run else self.limit_validate if self.overfit_batches is None else limit, self.validate_every, self.log_every, _DTYPES[self.precision],
                     None if self.max_seconds is None else time.monotonic() + self.max_seconds)
@@ -230,7 +246,7 @@ class Trainer:
             saver = Saver(folder / "checkpoints", policy, described(self), signals, _adapter_of(module))
         return Run(plan, task, model, state, Events(callbacks), data, validation, made, rates, parameters,
                    Counter(module, self.count, graph=self.loss is None, needed=not self.accumulate == 1), Guard(self.not_finite, self.spikes and replace(self.spikes)), strategy,
-                   Journal(folder if not strategy.rank else None, self.loggers if not self.fast_dev_run else ()), saver,
+                   Journal(folder if not strategy.rank else None, self.loggers if not self.fast_dev_run and not strategy.rank else ()), saver,
                    Scaler() if self.precision == "fp16" else None, optimized and self.loss is None)
 
     def _schedules(self, steps: int) -> list[Schedule]:
@@ -255,6 +271,8 @@ class Trainer:
             run.events(Callback.on_fit_start, state)
             if kept is not None:
                 snapshot.restore_random_states(run, kept)
+            elif self.seed is not None and state.rank:
+                randomness.seed_all(randomness.mixed(self.seed, state.rank))  # until here all ranks drew alike; now each drops out its own
             loop.train(run)
             if run.validation is not None and run.validated_at != state.step and self.steps is not None and not state.stop:
                 run.validate()
@@ -262,6 +280,7 @@ class Trainer:
             if run.saver is not None:
                 run.saver.save(run, wait=True)
         except BaseException as error:
+            run.strategy.failed(error)
             run.events(Callback.on_exception, state, error)
             if run.saver is not None:
                 run.saver.settle(error)
@@ -320,8 +339,12 @@ class Trainer:
         return folder / "adapter"
 
     def _evaluate(self, model: Any, data: Any, stage: str, limit: int | None, outputs: list[Any] | None = None) -> dict[str, float]:
-        task, strategy = self._task(model), self._strategy()
-        source = source_of(pieces(data, None, strategy.rank, stage)[0], batch_size=self.batch_size, seed=self.seed or 0, workers=self.workers, rank=strategy.rank, world=strategy.world)
+        task = self._task(model)
+        with self._processes(task) as strategy:
+            return self._evaluated(task, strategy, data, stage, limit, outputs)
+
+    def _evaluated(self, task: Task, strategy: Strategy, data: Any, stage: str, limit: int | None, outputs: list[Any] | None) -> dict[str, float]:
+        source = source_of(pieces(data, None, strategy, stage)[0], batch_size=self.batch_size, seed=self.seed or 0, workers=self.workers, rank=strategy.rank, world=strategy.world)
         nothing = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.0)
         state = State(task.module, nothing, 0, stage=stage, rank=strategy.rank, world=strategy.world)
         events = Events([*task.hooks, *(adopted(callback, self, task) for callback in self.callbacks)])
@@ -332,7 +355,7 @@ class Trainer:
         try:
             with self._deterministic():
                 return evaluation.evaluate(task, task.module, source, stage, state, events, 1 if self.fast_dev_run else limit,
-                                           lambda: torch.autocast(device, dtype) if dtype is not None else contextlib.nullcontext(), outputs)
+                                           lambda: torch.autocast(device, dtype) if dtype is not None else contextlib.nullcontext(), strategy, outputs)
         finally:
             task.end()
             events(Callback.on_teardown, state, stage)

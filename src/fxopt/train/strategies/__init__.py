@@ -52,6 +52,10 @@ class Strategy(Protocol):
         """After the last backward of a step, on every rank, also one that had no batch: afterwards each gradient is the sum over all
         ranks, and None only if it is None on all. Buffers that the forward has changed are made equal."""
 
+    def changed_buffers(self, model: nn.Module) -> dict[str, Tensor]:
+        """The buffers, by name, that this rank has changed since they were last made equal by `setup`, `synchronize` or `load`: a
+        checkpoint in the middle of a step keeps them for each rank."""
+
     def reduce(self, values: Sequence[float]) -> list[float]:
         """Sums over all ranks, bitwise equal on all of them: of items, losses, tokens, metrics, votes."""
 
@@ -65,8 +69,11 @@ class Strategy(Protocol):
     def load(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
         """Write whole parameters and buffers back."""
 
+    def share(self, value: Any) -> list[Any]:
+        """Plain data (what `fxopt.train.plain.encode` takes) of every rank, by rank, on all ranks."""
+
     def gather(self, value: Any) -> list[Any] | None:
-        """Plain data (what `fxopt.train.plain.encode` takes) of every rank, on rank 0; None elsewhere."""
+        """As `share`, but on rank 0 only; None elsewhere."""
 
     def barrier(self) -> None:
         """Wait for all ranks."""

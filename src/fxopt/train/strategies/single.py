@@ -31,6 +31,10 @@ class Single:
     def synchronize(self, model: nn.Module) -> None:
         """The gradients are whole as they are."""
 
+    def changed_buffers(self, model: nn.Module) -> dict[str, Tensor]:
+        """None that must be made equal."""
+        return {}
+
     def reduce(self, values: Sequence[float]) -> list[float]:
         """The values themselves."""
         return list(values)
@@ -54,6 +58,10 @@ class Single:
         held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for name, value in state.items():
             held[name].copy_(value)
+
+    def share(self, value: Any) -> list[Any]:
+        """The one value."""
+        return [value]
 
     def gather(self, value: Any) -> list[Any]:
         """The one value."""
