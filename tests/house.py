@@ -21,12 +21,12 @@ LINES = 400
 # Which parts of fxopt a part may import.
 _CORE = {"errors", "torch_private", "ir", "kernels"}
 LAW: dict[str, set[str]] = {
-    "errors": set(), "torch_private": set(), "ir": {"errors", "torch_private"}, "kernels": {"errors", "torch_private"}, "passes": _CORE, "runtime": _CORE, "train": _CORE | {"runtime"},
+    "errors": set(), "torch_private": set(), "ir": {"errors", "torch_private"}, "kernels": {"errors", "torch_private"}, "passes": _CORE, "runtime": _CORE, "data": set(), "train": _CORE | {"runtime", "data"},
     "dispatch": _CORE | {"passes", "runtime"}, "adapting": _CORE | {"passes", "runtime", "dispatch"},
     "certified": _CORE | {"passes", "runtime"}, "explain": _CORE | {"passes", "runtime"}, "view": _CORE | {"passes", "runtime", "explain"},
     "api": _CORE | {"passes", "runtime", "dispatch", "adapting", "certified", "explain"},
-    "cli": _CORE | {"passes", "runtime", "train", "dispatch", "api", "explain", "view"}, "studio": {"errors", "ir", "runtime"}, "__main__": {"cli"},
-    "__init__": _CORE | {"passes", "runtime", "train", "dispatch", "api"},
+    "cli": _CORE | {"passes", "runtime", "data", "train", "dispatch", "api", "explain", "view"}, "studio": {"errors", "ir", "runtime"}, "__main__": {"cli"},
+    "__init__": _CORE | {"passes", "runtime", "data", "train", "dispatch", "api"},
 }
 
 # Words that name a model type of transformers and also mean something else.
@@ -206,14 +206,14 @@ def one_editor(path: str, text: str) -> list[str]:
 
 
 def imports_at_the_top(path: str, text: str) -> list[str]:
-    """Nothing is imported inside a function, except by the command line, by what loads Triton, and by the lazy public names."""
+    """Nothing is imported inside a function, except by the command line, by what loads Triton or an optional package of data, and by the lazy public names."""
     if path.startswith("src/fxopt/cli/") or re.fullmatch(r"src/fxopt/kernels/\w+/triton\.py", path):
         return []
     found = []
     for function in ast.walk(ast.parse(text)):
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             found += [_at(path, node, f"imports {name} inside a function") for node, name in _imports(function)]
-            if part_of(path) is not None and path not in ("src/fxopt/__init__.py", "src/fxopt/kernels/op.py"):
+            if part_of(path) is not None and path not in ("src/fxopt/__init__.py", "src/fxopt/kernels/op.py", "src/fxopt/data/extras.py"):
                 found += [_at(path, node, "imports by name inside a function") for node in ast.walk(function)
                           if isinstance(node, ast.Call) and _called(node) == "import_module"]
     return found

@@ -35,6 +35,7 @@ BAD: list[tuple[Rule, str, str]] = [
     (house.import_law, "src/fxopt/api.py", "from fxopt.cli import main"),
     (house.import_law, "src/fxopt/new_part.py", "from fxopt.ir import meta"),
     (house.import_law, "src/fxopt/passes/x.py", "from .base import Pass"),
+    (house.import_law, "src/fxopt/data/x.py", "from fxopt.train.loader import Loader"),
     (house.import_law, "src/fxopt/passes/x.py", "from tests.zoo import models"),
     (house.import_law, "src/fxopt/studio/x.py", "from fxopt.ir.edit import Edit"),
     (house.short, "src/fxopt/ir/x.py", "x = 1\n" * 400),
