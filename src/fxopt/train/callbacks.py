@@ -72,6 +72,16 @@ class State:
     """Set to ask for a validation at the end of the step."""
     logged: dict[str, float] = field(default_factory=dict)
     """What `log` was given since the last row."""
+    shown: set[str] = field(default_factory=set)
+    """Names of logged values that the progress line shows too."""
+    batches: int | None = None
+    """Batches of an epoch, if that is known."""
+    last: bool = False
+    """The present batch is the last of its step."""
+    closing: bool = False
+    """The epoch that `epoch` counts already is being closed: its validation and its end."""
+    own_steps: int | None = None
+    """Steps that a module took by itself (manual optimization)."""
 
     @property
     def step(self) -> int:

@@ -25,7 +25,7 @@ def adopted(callback: Any, settings: Any, task: Any) -> Callback:
         if cls.__name__ == "TrainerCallback" and cls.__module__.startswith("transformers."):
             return TrainerCallbackHooked(callback, settings)
         if cls.__name__ == "Callback" and cls.__module__.startswith(("lightning.", "pytorch_lightning.")):
-            return Hooked(callback, settings, whole=True)
+            return Hooked(callback, settings, whole=True, task=task)
     raise DataError(f"A {type(callback).__name__} is no callback.", where="callbacks", do="Derive it from fxopt.Callback, or give one of Lightning's or Hugging Face's.")
 
 

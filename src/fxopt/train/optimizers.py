@@ -175,10 +175,14 @@ class Scheduled:
 
 
 class TorchSchedules:
-    """Schedulers of torch that a module configured: stepped as it says."""
+    """Schedulers of torch that a module configured: stepped as it says. A `frequency` of steps counts anew in each epoch, as in Lightning.
 
-    def __init__(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        self.entries = entries
+    Args:
+        entries: the schedulers with their settings. step: from a scheduler and the value that it follows (None) to its step; None: its own.
+    """
+
+    def __init__(self, entries: Sequence[Mapping[str, Any]], step: Callable[[Any, Any], object] | None = None) -> None:
+        self.entries, self.step = entries, step or _step
         self.calls = [0] * len(entries)
 
     def before_step(self, step: int) -> None:
@@ -191,6 +195,7 @@ class TorchSchedules:
     def after_epoch(self, metrics: Mapping[str, float]) -> None:
         """Those by epoch."""
         self._advance("epoch", metrics)
+        self.calls = [0 if entry.get("interval", "epoch") == "step" else calls for entry, calls in zip(self.entries, self.calls)]
 
     def _advance(self, interval: str, metrics: Mapping[str, float]) -> None:
         for i, entry in enumerate(self.entries):
@@ -199,14 +204,15 @@ class TorchSchedules:
             self.calls[i] += 1
             if self.calls[i] % entry.get("frequency", 1):
                 continue
-            scheduler = entry["scheduler"]
-            if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler, value = entry["scheduler"], None
+            if entry.get("reduce_on_plateau", isinstance(scheduler, ReduceLROnPlateau)):
                 monitor = entry.get("monitor", "val_loss")
                 if monitor not in metrics:
+                    if not entry.get("strict", True):
+                        continue
                     raise DataError(f"A scheduler follows {monitor!r}, which was not logged.", where=type(scheduler).__name__, do=f"Logged are {', '.join(metrics) or 'no values'}.")
-                scheduler.step(metrics[monitor])
-            else:
-                scheduler.step()
+                value = metrics[monitor]
+            self.step(scheduler, value)
 
     def see(self, row: Mapping[str, float]) -> None:
         """Nothing."""
@@ -225,6 +231,10 @@ class TorchSchedules:
         self.calls = list(state["calls"])
         for entry, saved in zip(self.entries, state["schedulers"], strict=True):
             entry["scheduler"].load_state_dict(saved)
+
+
+def _step(scheduler: Any, value: float | None) -> None:
+    scheduler.step() if value is None else scheduler.step(value)
 
 
 def configured(returned: Any) -> tuple[list[Optimizer], list[dict[str, Any]]]:

@@ -195,14 +195,14 @@ class Run:
         if not self.task.manual:
             for optimizer in self.optimizers:
                 self.events(Callback.on_before_zero_grad, state, optimizer)
-                optimizer.zero_grad(set_to_none=True)
+                self.task.zero_grad(state, optimizer)
         self.losses = []
         self.events(Callback.on_step_start, state)
 
     def backward(self, group: Group, index: int) -> None:
         """Forward and backward of one batch: its share of the step's loss is differentiated, and added."""
         state, place = self.state, self.state.batch + index
-        last = index == len(group.batches) - 1
+        last = state.last = index == len(group.batches) - 1
         if group.batches[index] is None:
             stand_in(self, last)
             state.micro += 1
@@ -218,7 +218,7 @@ class Run:
         else:
             share = loss * group.weights[index] if group.weights[index] != 1.0 else loss
             self.events(Callback.on_before_backward, state, share)
-            self.strategy.backward(self.model, share if self.scaler is None else self.scaler.scale(share), last)
+            self.strategy.backward(self.model, self.task.differentiated(share if self.scaler is None else self.scaler.scale(share)), last)
             value = share.detach()
             self.events(Callback.on_after_backward, state)
         self.losses.append(value)
@@ -248,7 +248,7 @@ class Run:
             if not reason:
                 for optimizer in self.optimizers:
                     self.events(Callback.on_before_optimizer_step, state, optimizer)
-                    optimizer.step()
+                    self.task.step(state, optimizer)
             else:
                 log.warning("fxopt: step %d is left out: %s", state.step + 1, reason)
                 self.events(Callback.on_skip, state, reason)
@@ -278,6 +278,10 @@ class Run:
 
     def _clip(self) -> float:
         """The norm of all gradients, which are then clipped."""
+        if self.task.clips:
+            norm = float(self.strategy.clip_norm(self.parameters, None))
+            self.task.clip(self.state)
+            return norm
         if self.plan.clip_value is not None:
             norm = self.strategy.clip_norm(self.parameters, None)
             nn.utils.clip_grad_value_(self.parameters, self.plan.clip_value)
@@ -346,14 +350,17 @@ class Run:
         if state.step == self.step_before and not state.stop:
             raise DataError(f"The data gave no batch to train on after step {state.step} of {state.steps}.",
                             do="Give data that can be passed over again (a list or a DataLoader, no iterator), with labels.")
-        state.epoch, state.batch = state.epoch + 1, 0
+        state.epoch, state.batch, state.closing = state.epoch + 1, 0, True
         self.resumed = False
         if self.validation is not None and self.plan.validate_every is None:
             self.validate()
         own = self.means.results(self.strategy)
         if own:
             self.log(own)
-        self.rates.after_epoch(state.metrics)
         self.events(Callback.on_epoch_end, state)
+        late, state.logged, state.closing = state.logged, {}, False
+        if late:  # logged at the epoch's end, and so no part of the next step's row
+            self.log(late)
+        self.rates.after_epoch(state.metrics)
         if self.saver is not None:
             self.saver.epoch_ended(state.epoch)

@@ -94,6 +94,12 @@ def planned_steps(data: Source, steps: int | None, epochs: int | None, accumulat
     return steps
 
 
+def known(data: Source, limit: int | None) -> int | None:
+    """The batches of the first epoch, if their number is known."""
+    length = data.length(0)
+    return limit if length is None else length if limit is None else min(length, limit)
+
+
 def pieces(train: Any, val: Any, strategy: Strategy, stage: str = "fit") -> tuple[Any, Any]:
     """Training and validation data, from a data module too: `prepare_data` once, `setup` on every rank.
 

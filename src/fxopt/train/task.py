@@ -26,16 +26,17 @@ class Task(Protocol):
 
     Attributes:
         module: whose parameters are trained. manual: it does its own backwards and steps. hooks: events that it wants. calls_module: a
-            batch is what the module's forward takes.
+            batch is what the module's forward takes. clips: it clips gradients in its own way.
     """
 
     module: nn.Module
     manual: bool
     hooks: list[Callback]
     calls_module: bool
+    clips: bool
 
-    def begin(self, state: State, means: Means) -> None:
-        """A run begins; logged values go to the state (of steps) and the means (of epochs)."""
+    def begin(self, state: State, means: Means, trainer: Any) -> None:
+        """A run begins, and the state's optimizers are not made yet; logged values go to the state (of steps) and the means (of epochs)."""
 
     def end(self) -> None:
         """The run is over."""
@@ -46,6 +47,24 @@ class Task(Protocol):
     def loss(self, model: nn.Module, batch: Batch, index: int) -> Tensor | None:
         """The mean loss of a batch, 0-dim; None: leave it out. `model` is the module, or what a strategy made of it."""
 
+    def differentiated(self, loss: Tensor) -> Any:
+        """What `.backward()` is called on: the loss, or what calls a backward of the task's own."""
+
+    def zero_grad(self, state: State, optimizer: Optimizer) -> None:
+        """Empties the gradients before a step."""
+
+    def clip(self, state: State) -> None:
+        """Clips the gradients of the step, if `clips`."""
+
+    def step(self, state: State, optimizer: Optimizer) -> None:
+        """The optimizer takes its step."""
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """For the loggers, beside the trainer's settings."""
+
+    def callbacks(self) -> list[Any]:
+        """Callbacks that it brings, after the trainer's."""
+
     def items(self, counter: Counter, batch: Batch) -> Items:
         """What that loss is the mean of."""
 
@@ -53,7 +72,36 @@ class Task(Protocol):
         """Add a batch's values to the means; gives what the model returned."""
 
 
-class ModelTask:
+class Steps:
+    """How a step is taken, unless a task has its own way. See `Task`."""
+
+    clips = False
+
+    def differentiated(self, loss: Tensor) -> Any:
+        """The loss."""
+        return loss
+
+    def zero_grad(self, state: State, optimizer: Optimizer) -> None:
+        """None, so that the first backward writes and does not add."""
+        optimizer.zero_grad(set_to_none=True)
+
+    def clip(self, state: State) -> None:
+        """The trainer does."""
+
+    def step(self, state: State, optimizer: Optimizer) -> None:
+        """The optimizer's own."""
+        optimizer.step()
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def callbacks(self) -> list[Any]:
+        """None."""
+        return []
+
+
+class ModelTask(Steps):
     """A module, with its own loss or a function's.
 
     Args:
@@ -69,7 +117,7 @@ class ModelTask:
         self.hooks: list[Callback] = []
         self.calls_module = loss is None
 
-    def begin(self, state: State, means: Means) -> None:
+    def begin(self, state: State, means: Means, trainer: Any) -> None:
         """Nothing."""
 
     def end(self) -> None:

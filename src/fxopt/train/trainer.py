@@ -25,9 +25,9 @@ from fxopt.train.folder import sweep
 from fxopt.train.foreign import adopted
 from fxopt.train.guard import Guard, Spikes
 from fxopt.train.journal import TIMES, Journal, Logger
-from fxopt.train.lightning import ModuleTask, is_lightning_shaped
 from fxopt.train.loader import Source, source_of
 from fxopt.train.metrics import Means, Metric, Values
+from fxopt.train.module_task import ModuleTask, is_lightning_shaped
 from fxopt.train.optimizers import Group, Scheduled
 from fxopt.train.progress import Progress
 from fxopt.train.report import write_report
@@ -35,7 +35,7 @@ from fxopt.train.result import Result
 from fxopt.train.run import Plan, Run
 from fxopt.train.saver import Checkpoints, Saver
 from fxopt.train.schedule import Plateau, Schedule, make_schedule
-from fxopt.train.settings import accumulation, check, described, differing, pieces, planned_steps
+from fxopt.train.settings import accumulation, check, described, differing, known, pieces, planned_steps
 from fxopt.train.signals import Signals
 from fxopt.train.strategies import Strategy, strategy_of
 from fxopt.train.summary import summary
@@ -148,7 +148,8 @@ class Trainer:
         if self.seed is not None:
             randomness.seed_all(self.seed)
         data, validation = self._sources(train, val, strategy)
-        with self._deterministic(), (Signals() if folder is not None and self.checkpoints else contextlib.nullcontext(Signals())) as signals:
+        with self._deterministic(), contextlib.ExitStack() as stack, (Signals() if folder is not None and self.checkpoints else contextlib.nullcontext(Signals())) as signals:
+            stack.callback(task.end)
             run = self._run(task, strategy, data, validation, folder, signals)
             try:
                 return self._fitted(run, folder, resume)
@@ -225,17 +226,19 @@ class Trainer:
 
     def _run(self, task: Task, strategy: Strategy, data: Source, validation: Source | None, folder: Path | None, signals: Signals) -> Run:
         module = task.module
-        parameters = check_trainable(module)
         limits = [limit for limit in (self.limit_train, self.overfit_batches, 1 if self.fast_dev_run else None) if limit is not None]
         limit = min(limits, default=None)
         batches_of = accumulation(self.accumulate)
         steps = planned_steps(data, None if self.fast_dev_run else self.steps, 1 if self.fast_dev_run else self.epochs, batches_of, limit)
+        state, means = State(module, _NO_OPTIMIZER, steps, rank=strategy.rank, world=strategy.world, folder=folder, batches=known(data, limit)), Means()
+        task.begin(state, means, self)
+        parameters = check_trainable(module)
         model = strategy.setup(module)
         own = task.optimizers()
         made = own[0] if own is not None else optimizers.make(self.optimizer, module, self.lr, self.weight_decay, self.groups)
         rates = own[1] if own is not None and own[1] is not None else Scheduled(made, self._schedules(steps))
-        state = State(module, made[0], steps, optimizers=made, rank=strategy.rank, world=strategy.world, folder=folder)
-        callbacks = [*task.hooks, *(adopted(callback, self, task) for callback in self.callbacks), *([Progress(shown=not strategy.rank)] if self.progress else [])]
+        state.optimizer, state.optimizers = made[0], made
+        callbacks = [*(adopted(callback, self, task) for callback in (*self.callbacks, *task.callbacks())), *task.hooks, *([Progress(shown=not strategy.rank)] if self.progress else [])]
         plan = Plan(steps, 1 if self.fast_dev_run else self.epochs, batches_of, self.clip, self.clip_value, limit,
                     1 if self.fast_dev_run else self.limit_validate if self.overfit_batches is None else limit, self.validate_every, self.log_every, _DTYPES[self.precision],
                     None if self.max_seconds is None else time.monotonic() + self.max_seconds)
@@ -247,7 +250,7 @@ class Trainer:
         return Run(plan, task, model, state, Events(callbacks), data, validation, made, rates, parameters,
                    Counter(module, self.count, graph=self.loss is None, needed=not self.accumulate == 1), Guard(self.not_finite, self.spikes and replace(self.spikes)), strategy,
                    Journal(folder if not strategy.rank else None, self.loggers if not self.fast_dev_run and not strategy.rank else ()), saver,
-                   Scaler() if self.precision == "fp16" else None, optimized and self.loss is None)
+                   Scaler() if self.precision == "fp16" else None, optimized and self.loss is None, means)
 
     def _schedules(self, steps: int) -> list[Schedule]:
         given = self.schedule
@@ -261,11 +264,10 @@ class Trainer:
         kept = None
         try:
             run.events(Callback.on_setup, state, "fit")
-            run.task.begin(state, run.means)
             if resume and not self.fast_dev_run:
                 kept = self._restored(run, folder, resume)
             same = kept is not None and (resume is True or folder is not None and Path(resume).resolve().parent.parent == folder.resolve())
-            run.journal.start(described(self), None if kept is None or not same else {**kept.shared["journal"], TIMES: kept.config["times"]})
+            run.journal.start(described(self) | ({"hyperparameters": held} if (held := run.task.hyperparameters()) else {}), None if kept is None or not same else {**kept.shared["journal"], TIMES: kept.config["times"]})
             reset_peak(run.device)
             module.train()
             run.events(Callback.on_fit_start, state)
@@ -291,7 +293,6 @@ class Trainer:
             raise
         finally:
             run.journal.close()
-            run.task.end()
             for optimizer in run.optimizers:
                 optimizer.zero_grad(set_to_none=True)
             run.rates.restore()
@@ -345,20 +346,17 @@ class Trainer:
 
     def _evaluated(self, task: Task, strategy: Strategy, data: Any, stage: str, limit: int | None, outputs: list[Any] | None) -> dict[str, float]:
         source = source_of(pieces(data, None, strategy, stage)[0], batch_size=self.batch_size, seed=self.seed or 0, workers=self.workers, rank=strategy.rank, world=strategy.world)
-        nothing = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.0)
-        state = State(task.module, nothing, 0, stage=stage, rank=strategy.rank, world=strategy.world)
-        events = Events([*task.hooks, *(adopted(callback, self, task) for callback in self.callbacks)])
-        events(Callback.on_setup, state, stage)
+        state = State(task.module, _NO_OPTIMIZER, 0, stage=stage, rank=strategy.rank, world=strategy.world)
         device = device_of(task.module).type
         dtype = _DTYPES[self.precision]
-        task.begin(state, Means())
-        try:
-            with self._deterministic():
-                return evaluation.evaluate(task, task.module, source, stage, state, events, 1 if self.fast_dev_run else limit,
-                                           lambda: torch.autocast(device, dtype) if dtype is not None else contextlib.nullcontext(), strategy, outputs)
-        finally:
-            task.end()
-            events(Callback.on_teardown, state, stage)
+        with contextlib.ExitStack() as stack, self._deterministic():
+            stack.callback(task.end)
+            task.begin(state, Means(), self)
+            events = Events([*(adopted(callback, self, task) for callback in (*self.callbacks, *task.callbacks())), *task.hooks])
+            events(Callback.on_setup, state, stage)
+            stack.callback(events, Callback.on_teardown, state, stage)
+            return evaluation.evaluate(task, task.module, source, stage, state, events, 1 if self.fast_dev_run else limit,
+                                       lambda: torch.autocast(device, dtype) if dtype is not None else contextlib.nullcontext(), strategy, outputs)
 
     @contextlib.contextmanager
     def _deterministic(self) -> Iterator[None]:
@@ -371,6 +369,7 @@ class Trainer:
             torch.use_deterministic_algorithms(before)
 
 
+_NO_OPTIMIZER = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.0)  # of a run before it has one
 _DTYPES: dict[str | None, torch.dtype | None] = {None: None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
