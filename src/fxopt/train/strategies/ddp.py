@@ -42,7 +42,7 @@ class DDP(Single):
         self.processes = Processes(timeout, silence)
         self.rank, self.world = self.processes.rank, self.processes.world
         self.buckets = Buckets(self.processes.start_sum, self.processes.wait, bucket, overlap)
-        self.known: dict[str, tuple[Tensor, int]] = {}
+        self.known: dict[str, Tensor] = {}
 
     def setup(self, model: nn.Module) -> nn.Module:
         """See `Strategy`: what trains, and buffers that may change, become those of rank 0; the rest must be equal by checksum."""
@@ -101,11 +101,16 @@ class DDP(Single):
         self._remember(model)
 
     def _remember(self, model: nn.Module) -> None:
-        self.known = {name: (tensor, tensor._version) for name, tensor in changing_buffers(model).items()}
+        self.known = {name: tensor.detach().clone() for name, tensor in changing_buffers(model).items()}
 
     def changed_buffers(self, model: nn.Module) -> dict[str, Tensor]:
-        """See `Strategy`. Known from torch's version counters, which every write into a tensor raises."""
-        return {name: tensor for name, tensor in changing_buffers(model).items() if (known := self.known.get(name)) is None or known[0] is not tensor or known[1] != tensor._version}
+        """See `Strategy`. Known from their values: torch's batch norm writes its running means past the version counters."""
+        held = changing_buffers(model)
+        if not held:
+            return {}
+        same = [(known := self.known.get(name)) is not None and known.shape == tensor.shape for name, tensor in held.items()]
+        differ = torch.stack([(tensor != self.known[name]).any().cpu() if alike else torch.tensor(True) for (name, tensor), alike in zip(held.items(), same, strict=True)])
+        return {name: tensor for (name, tensor), changed in zip(held.items(), differ.tolist(), strict=True) if changed}
 
     def reduce(self, values: Sequence[float]) -> list[float]:
         """See `Strategy`."""
