@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import random
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -65,7 +66,8 @@ class Dataset:
             that it reads, such as {"enable_thinking": False}. date: what `strftime_now` gives (ISO, such as "2026-01-31"); None: today.
 
     Attributes:
-        counts: see `Counts`. lengths: tokens of each sample. reader: the rows and their format.
+        counts: see `Counts`. lengths: tokens of each sample. reader: the rows and their format. conversations: whether they go
+            through a chat template.
 
     Raises:
         DataError: rows that are broken, with their place; a template that does not tell which tokens are the assistant's; no sample is left.
@@ -75,7 +77,9 @@ class Dataset:
                  train_on: str | None = None, template: str | None = None, template_arguments: Mapping[str, Any] | None = None, date: str | None = None) -> None:
         self.tokenizer = load_tokenizer(tokenizer)
         self.reader = formats.read(open_rows(source), format, columns)
-        self.train_on = _train_on(self.reader[0], train_on)
+        first = self.reader[0]
+        self.conversations = first.messages is not None
+        self.train_on = _train_on(first, train_on)
         if long not in LONG or long == "split" and (self.train_on != "all" or length is None):
             raise DataError(f"`long` is {long!r}.", where="long", do=f"It is one of {', '.join(LONG)}; split is for `train_on: all` with a `length`.")
         if length is not None and length < 2:
@@ -157,12 +161,27 @@ class Dataset:
         """Samples as a batch padded on the right: see `fxopt.data.encoding.padded`."""
         return padded(samples, self.tokenizer.pad)
 
+    def split(self, held_out: int, seed: int = 0) -> tuple[Part, Part]:
+        """(the rest, `held_out` rows drawn by a seed). All samples of a row are on one side.
+
+        Raises:
+            DataError: there are not that many rows, or none is left.
+        """
+        rows = sorted({place // _PIECES for place in self._places})
+        if not 0 < held_out < len(rows):
+            raise DataError(f"{held_out:,} of {len(rows):,} rows cannot be held out.", where="held_out")
+        held = set(random.Random(seed).sample(rows, held_out))
+        sides: tuple[list[int], list[int]] = [], []
+        for i, place in enumerate(self._places):
+            sides[place // _PIECES in held].append(i)
+        return Part(self, sides[0]), Part(self, sides[1])
+
     @property
     def described(self) -> dict[str, Any]:
         """What was found, as plain values: what `text` says."""
         counts = self.counts
         return {"source": self.reader.rows.name, "format": self.reader.format.name, "columns": list(self.reader.format.columns), "why": self.reader.why, "unread": list(self.reader.unread),
-                "tokenizer": self.tokenizer.name, "template": self.template.name if self.template is not None and self.reader[0].messages is not None else None, "train_on": self.train_on,
+                "tokenizer": self.tokenizer.name, "template": self.template.name if self.template is not None and self.conversations else None, "train_on": self.train_on,
                 "length": self.length, "long": self.long, "rows": counts.rows, "samples": counts.samples, "tokens": counts.tokens, "supervised": counts.supervised, "cut": counts.cut,
                 "cut_tokens": counts.cut_tokens, "dropped": dict(counts.dropped), "straddling": counts.straddling, "special": counts.special, "histogram": self.histogram(), "notes": self.notes}
 
@@ -177,9 +196,9 @@ class Dataset:
             found.append(f"{counts.straddling:,} tokens hold the end of a prompt and the beginning of an answer; they are not supervised")
         if counts.special:
             found.append(f"{counts.special:,} rows hold the text of a token that ends a turn; it is read as that token")
-        if self.tokenizer.eos is None and self.reader[0].messages is None:
+        if self.tokenizer.eos is None and not self.conversations:
             found.append("the tokenizer has no EOS: texts do not end")
-        if self.template is not None and self.reader[0].messages is not None and self.template.dated:
+        if self.template is not None and self.conversations and self.template.dated:
             found.append(f"the template writes the date into rows ({self.template.now:%Y-%m-%d}); set `date` for a run that can be repeated")
         return found
 
@@ -187,7 +206,7 @@ class Dataset:
     def text(self) -> str:
         """What was found, in a few lines."""
         counts = self.counts
-        what = self.template.name if self.template is not None and self.reader[0].messages is not None else "none, the text as it is"
+        what = self.template.name if self.template is not None and self.conversations else "none, the text as it is"
         lines = [self.reader.text, f"template: {what}; trained on: {self.train_on}",
                  f"{counts.samples:,} samples, {counts.tokens:,} tokens, {counts.supervised:,} supervised ({counts.supervised / counts.tokens:.1%})", *self.notes]
         return "\n".join(lines)
@@ -198,6 +217,24 @@ class Dataset:
         width = max(1, -(-(most - least + 1) // _BINS))
         found = Counter((length - least) // width for length in self.lengths)
         return [(least + i * width, min(most, least + (i + 1) * width - 1), found[i]) for i in range((most - least) // width + 1)]
+
+
+class Part:
+    """Some samples of a data set: see `Dataset.split`."""
+
+    def __init__(self, dataset: Dataset, indices: Sequence[int]) -> None:
+        self.dataset, self.indices = dataset, array("q", indices)
+        self.lengths = array("q", (dataset.lengths[i] for i in indices))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.dataset[self.indices[index]]
+
+    def collate(self, samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """See `Dataset.collate`."""
+        return self.dataset.collate(samples)
 
 
 def _turns(sample: Sample) -> list[Sample]:

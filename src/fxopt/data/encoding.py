@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,7 @@ def _flags(ranges: Sequence[Span], learned: Sequence[Span]) -> tuple[list[bool],
     return flags, straddling
 
 
-def padded(samples: Sequence[dict[str, Any]], pad: int, multiple: int = 1) -> dict[str, Tensor]:
+def padded(samples: Sequence[Mapping[str, Any]], pad: int, multiple: int = 1) -> dict[str, Tensor]:
     """Collates samples into a batch, padded on the right.
 
     Args:
