@@ -28,7 +28,7 @@ def programs(count: int, first: int = 0) -> int:
             print(f"program {seed} fails, {nodes(small)} operations: {failure}", flush=True)
         if (seed - first) % 100 == 99:
             print(f"{seed - first + 1} programs, {time.process_time() - start:.0f} s, {counts.applications} applications, {counts.changed} changed something", flush=True)
-    print(f"{counts.programs} programs, {counts.applications} pass applications, {counts.changed} changed something and were certified, {len(failed)} programs failed, "
+    print(f"{counts.programs} programs, {counts.applications} pass applications, {counts.changed} changed something and were certified ({counts.unproven} of them unproven), {len(failed)} programs failed, "
           f"{time.process_time() - start:.0f} s of one core")
     for reason, number in counts.refused.most_common():
         print(f"  refused {number} times: {reason}")

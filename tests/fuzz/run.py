@@ -12,20 +12,22 @@ from fxopt.errors import PassError
 from fxopt.ir.program import Program, Sample
 from fxopt.passes.base import Pass
 from fxopt.passes.cases import Case, Maker
+from fxopt.passes.certificate import UNPROVEN
 from fxopt.passes.certify import Certifier
 from fxopt.passes.pipeline import apply, parse
 from fuzz.build import Built, Plan, build, drawn
 from fuzz.steps import HEADS, KINDS
 
 LORA = "lora(rank=2)"
-# Every pass of the catalog: what is applied to the canonical program before it, and itself.
-EACH: tuple[tuple[tuple[str, ...], str], ...] = (
-    ((), "causal"), ((), "causal(assume=false)"), ((), LORA), ((), "lora(rank=2, variant=dora)"), ((), "lora(rank=2, dropout=0.2, variant=rslora)"),
-    ((LORA,), "quantize(format=int8)"), ((LORA,), "siblings"), ((), "fuse"), ((), "loss"), (("fuse",), "loss"), (("causal(assume=false)",), "pack"),
-    (("loss",), "compact"), ((), "precision(dtype=bf16)"), ((), "precision(dtype=fp32)"), ((), "denominator"), ((), "remat"), ((), "memory(budget=least)"), ((), "dead_code"),
+# Every pass of the catalog, with what is applied to the canonical program before it. Where several ways stand in a line, programs take turns.
+EACH: tuple[tuple[tuple[str, ...], ...], ...] = (
+    (("causal",),), (("causal(assume=false)", "pack"),), ((LORA, "quantize(format=int8)"),), ((LORA, "siblings"),),
+    (("lora(rank=2, variant=dora)",), ("lora(rank=2, dropout=0.2, variant=rslora)",)),
+    (("fuse", "loss"),), (("loss", "compact"),), (("precision(dtype=bf16)",), ("precision(dtype=fp32)",)),
+    (("denominator",),), (("remat",),), (("memory(budget=least)",),), (("dead_code",),),
 )
 ORDER = ("causal(assume=false)", LORA, "quantize(format=int8)", "siblings", "fuse", "loss", "pack", "compact", "precision(dtype=bf16)", "dead_code", "canonicalize")
-_ONE_BY_ONE = {text: next(iter(parse(text))) for text in {*ORDER, *(text for before, last in EACH for text in (*before, last)), "canonicalize"}}
+_ONE_BY_ONE = {text: next(iter(parse(text))) for text in {*ORDER, *(text for ways in EACH for way in ways for text in way), "canonicalize"}}
 
 
 class Failure(AssertionError):
@@ -39,25 +41,26 @@ class Counts:
     programs: int = 0
     applications: int = 0
     changed: int = 0
+    unproven: int = 0
     refused: Counter[str] = field(default_factory=Counter)
 
 
 class Trial:
     """A program with what its passes are tested on."""
 
-    def __init__(self, built: Built, counts: Counts, seed: int, many: int) -> None:
+    def __init__(self, built: Built, counts: Counts, seed: int) -> None:
         self.program, self.counts = built.program, counts
         self.sample = Sample(built.inputs, built.state)
-        self.certifier = Certifier(_some(built, seed)[:many], built.state)
+        self.certifier = Certifier(_some(built, seed), built.state)
         self.path: tuple[str, ...] = ()
 
-    def copy(self) -> Trial:
-        """The same, to go on in another way."""
+    def copy(self, on: slice = slice(None)) -> Trial:
+        """The same, to go on in another way, on some of the cases. What the program gave on them, in fp64 too, is shared."""
         other = object.__new__(Trial)
         other.__dict__.update(self.__dict__)
         other.certifier = object.__new__(Certifier)
         other.certifier.__dict__.update(self.certifier.__dict__)
-        other.certifier.kept = dict(self.certifier.kept)
+        other.certifier.kept, other.certifier.cases = dict(self.certifier.kept), self.certifier.cases[on]
         return other
 
     def apply(self, text: str) -> bool:
@@ -80,7 +83,8 @@ class Trial:
         if after.log[-1].rewrites or not _same(self.program, after):
             self.counts.changed += 1
             stage = self.certifier.stage(pass_, self.program, after, stop=True)
-            if not stage.holds:
+            self.counts.unproven += stage.verdict == UNPROVEN
+            if stage.problems:
                 raise Failure(f"{' | '.join(self.path)}: {stage.problems[0]}")
         else:
             self.certifier.advance(self.program, after)
@@ -106,20 +110,25 @@ def check(plan: Plan, counts: Counts | None = None) -> None:
     counts = counts or Counts()
     counts.programs += 1
     torch.set_num_threads(1)
-    base = Trial(build(plan, KINDS, HEADS), counts, plan.seed, 1)
+    base = Trial(build(plan, KINDS, HEADS), counts, plan.seed)
     base.apply("canonicalize")
-    known = {(): base}
-    for before, text in EACH:
-        if before not in known:
-            trial = base.copy()
-            known[before] = trial if all(trial.apply(each) for each in before) else None
-        if known[before] is not None:
-            known[before].copy().apply(text)
+    known: dict[tuple[str, ...], Trial | None] = {(): base.copy(slice(1))}
     rng = random.Random(plan.seed)
-    trial = Trial(build(plan, KINDS, HEADS), counts, plan.seed + 1, 2)
-    trial.apply("canonicalize")
-    for text in rng.sample(ORDER, 5):
+    order = rng.sample(ORDER, 5)
+    for ways in EACH:
+        _reach(rng.choice(ways), known)
+    trial = base.copy(slice(1, None))
+    for text in order:
         trial.apply(text)
+
+
+def _reach(path: tuple[str, ...], known: dict[tuple[str, ...], Trial | None]) -> Trial | None:
+    """The trial behind some passes, each applied and certified once; None if one may not come there or refuses."""
+    if path not in known:
+        before = _reach(path[:-1], known)
+        trial = None if before is None else before.copy()
+        known[path] = trial if trial is not None and trial.apply(path[-1]) else None
+    return known[path]
 
 
 def plan_of(seed: int) -> Plan:

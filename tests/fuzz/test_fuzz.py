@@ -19,8 +19,8 @@ from fuzz.run import Counts, Failure, check, plan_of
 from fuzz.steps import HEADS, KINDS
 
 REGRESSIONS = sorted((Path(__file__).resolve().parent.parent / "regressions").glob("*.json"))
-PROGRAMS = 40  # of a default run; docs/verify.md says how many there are with `make fuzz`
-BATCH = 10
+PROGRAMS = 1000  # of a default run, 0.2 CPU seconds each; `make fuzz N=20000` runs more
+BATCH = 25
 
 
 @pytest.mark.parametrize("first", range(0, PROGRAMS, BATCH))
@@ -28,12 +28,12 @@ def test_random_programs(first: int) -> None:
     counts = Counts()
     for seed in range(first, first + BATCH):
         check(plan_of(seed), counts)
-    assert counts.changed > 5 * BATCH
+    assert counts.changed > 5 * BATCH and not counts.unproven
 
 
 @pytest.mark.slow
 def test_many_random_programs() -> None:
-    for seed in range(10_000, 11_000):
+    for seed in range(10_000, 12_000):
         check(plan_of(seed))
 
 

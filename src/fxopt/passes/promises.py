@@ -78,8 +78,9 @@ def _inputs(before: Program, after: Program) -> str | None:
 
 def written(program: Program) -> Counter[str]:
     """How often the graph may write into each slot or input, by name."""
-    flow = Flow(program.graph, program.slots)
-    roots = (root for node in program.nodes for source in writes(node) for root in flow.roots[source])
+    into = [source for node in program.nodes for source in writes(node)]
+    flow = Flow(program.graph, program.slots) if into else None
+    roots = (root for source in into for root in flow.roots[source])
     return Counter(str(root.target) for root in roots if root.op in ("get_attr", "placeholder"))
 
 
