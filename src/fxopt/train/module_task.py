@@ -31,6 +31,19 @@ def is_lightning_shaped(model: Any) -> bool:
     return callable(getattr(model, "training_step", None))
 
 
+class _Kept:
+    """A metric object whose memory the module may still ask at the end of an epoch: it is emptied after the module's hooks."""
+
+    def __init__(self, metric: Any, kept: list[Any]) -> None:
+        self.metric, self.kept = metric, kept
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.metric, name)
+
+    def reset(self) -> None:
+        self.kept.append(self.metric)
+
+
 class ModuleHooks(Hooked):
     """The module's own hooks. What it logs at the end of an evaluation belongs to that evaluation's row."""
 
@@ -50,7 +63,13 @@ class ModuleHooks(Hooked):
             super()._ends(state, stage, metrics)
         finally:
             self.task.row = None
+            self.task.forget()
         state.metrics.update(metrics)
+
+    def on_epoch_end(self, state: State) -> None:
+        state.metrics.update((name, state.metrics[f"{name}_epoch"]) for name in self.task.both if f"{name}_epoch" in state.metrics)
+        super().on_epoch_end(state)
+        self.task.forget()
 
     def state_dict(self) -> dict[str, Any]:
         return {"own_steps": self.task.state.own_steps}
@@ -90,6 +109,8 @@ class ModuleTask(Steps):
         self._place: tuple[Batch, int] = (None, 0)
         self._shadowed: list[str] = []
         self._counted: list[Any] = []
+        self._kept: list[Any] = []
+        self.both: set[str] = set()  # logged on steps and on epochs: the plain name is the newest of either
 
     # -- a run ------------------------------------------------------------------------------------------------------------
 
@@ -143,6 +164,11 @@ class ModuleTask(Steps):
             self.state.own_steps = 0
             self._counted = [optimizer.register_step_post_hook(self._count) for optimizer in self.made]
         return self.made, self.rates
+
+    def forget(self) -> None:
+        """Empty the metric objects whose epoch is over."""
+        while self._kept:
+            self._kept.pop().reset()
 
     def _count(self, *_: Any) -> None:
         self.state.own_steps = (self.state.own_steps or 0) + 1
@@ -264,6 +290,8 @@ class ModuleTask(Steps):
         if self.stage_means is not None:
             self._gather(self.stage_means, name, value, weight, kind)
             return
+        if on_step and on_epoch:
+            self.both.add(name)
         if on_epoch or hasattr(value, "compute"):
             self._gather(self.means, f"{name}_epoch" if on_step else name, value, weight, kind)
         if on_step is not False and not hasattr(value, "compute"):
@@ -272,9 +300,11 @@ class ModuleTask(Steps):
             if logger is not False:
                 self.state.log(f"{name}_step" if on_epoch else name, number)
 
-    @staticmethod
-    def _gather(means: Means, name: str, value: Any, weight: float, kind: str) -> None:
-        if kind == "mean" or hasattr(value, "compute"):
+    def _gather(self, means: Means, name: str, value: Any, weight: float, kind: str) -> None:
+        if hasattr(value, "compute"):
+            means.add(name, _Kept(value, self._kept))
+            return
+        if kind == "mean":
             means.add(name, value, weight)
             return
         number, known = float(value), means.sums.get(name, (0.0 if kind == "sum" else math.nan, 1.0))[0]

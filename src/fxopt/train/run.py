@@ -255,10 +255,10 @@ class Run:
             if self.scaler is not None:
                 self.scaler.update(finite)
         rate = self.optimizers[0].param_groups[0]["lr"]
-        self.rates.after_step()
         state.batch, state.micro, state.skipped = state.batch + group.used, 0, state.skipped + group.left_out
         items = int(items) if items == int(items) else items
         state.history.append(Step(loss, float(rate), norm, int(total), items, time.perf_counter() - group.started, reason))
+        self.rates.after_step()
         self.events(Callback.on_step_end, state)
         self._log_step(state.history[-1])
 
