@@ -13,7 +13,7 @@ INTERVAL = 1.0
 """Seconds between two signs of life."""
 _PATIENCE = 3.5
 """Seconds in which a lost connection is explained: a process that is alive gives three signs of life meanwhile."""
-_FAILED, _DONE = "failed", "done"
+_FAILED, _DONE, _TOLD = "failed", "done", "told"
 
 
 class Monitor:
@@ -30,6 +30,7 @@ class Monitor:
         self.failure: str | None = None
         """What happened to another rank; None as long as nothing is known of a failure."""
         self._ended = threading.Event()
+        self._reported = False
         store.set(self._beat(rank), "0")
         self._thread = threading.Thread(target=self._watch, name="fxopt monitor", daemon=True)
         self._thread.start()
@@ -47,6 +48,7 @@ class Monitor:
                 store.set(self._beat(self.rank), str(beats))
                 if store.check([_FAILED]):
                     self._found(store.get(_FAILED).decode())
+                    store.add(_TOLD, 1)
                     return
                 # Each rank listens to one other: n reads an interval, not n * n.
                 now = store.get(neighbour) if store.check([neighbour]) else b""
@@ -60,7 +62,7 @@ class Monitor:
 
     def _found(self, text: str) -> None:
         rank, _, what = text.partition(":")
-        if int(rank) != self.rank and not self._ended.is_set():
+        if int(rank) != self.rank and self.failure is None and not self._ended.is_set():
             self.failure = f"Rank {rank} {what}"
             self.abort()
 
@@ -72,6 +74,7 @@ class Monitor:
         if self.failure is None:
             lines = str(error).splitlines()
             try:
+                self._reported = True
                 self._tell(self.store, f"{self.rank}:failed with {type(error).__name__}{f': {lines[0]}' if lines else ''}")
             except RuntimeError:
                 return  # the store is gone with rank 0, which the others see themselves
@@ -103,11 +106,15 @@ class Monitor:
         return ProcessError(f"{self.failure}.", where=f"rank {self.rank} of {self.world}, which stops because of it", do="See that rank's own messages; the run goes on from its last checkpoint with resume=True.")
 
     def close(self) -> None:
-        """The run is over for this rank: its silence means nothing any more."""
+        """The run is over for this rank: its silence means nothing any more. Rank 0, which may hold the store, waits two intervals
+        until all have read how it failed."""
         if self._ended.is_set():
             return
         self._ended.set()
         try:
             self.store.set(self._beat(self.rank), _DONE)
+            limit = time.monotonic() + 2 * INTERVAL
+            while self._reported and not self.rank and time.monotonic() < limit and self.store.add(_TOLD, 0) < self.world - 1:
+                time.sleep(0.05)
         except RuntimeError:
             return  # the store has gone with rank 0, which was done before
