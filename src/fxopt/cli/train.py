@@ -32,8 +32,13 @@ def _run(arguments: argparse.Namespace) -> str:
         raise UsageError(error.what, where=error.where, do=error.do) from error
     if arguments.print_config:
         return configs.text(config)
-    model, args, kwargs = model_and_inputs(config.model, None)
-    train, val = _made(config.data.train), _made(config.data.val) if config.data.val is not None else None
+    if config.data.path is not None:
+        train, val, dataset = config.data.loaders(config.model, config.trainer)
+        print(dataset.text, file=sys.stderr)
+        model, args, kwargs = model_and_inputs(config.model, [])[0], (), next(iter(train))
+    else:
+        model, args, kwargs = model_and_inputs(config.model, None)
+        train, val = _made(config.data.train), _made(config.data.val) if config.data.val is not None else None
     if config.passes != "none":
         from fxopt.api import optimize
 

@@ -8,22 +8,25 @@ import inspect
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from fxopt.data import Dataset, load_tokenizer
 from fxopt.errors import DataError
 from fxopt.train import optimizers
 from fxopt.train.averaging import Averaged
 from fxopt.train.freezing import Freezing
 from fxopt.train.guard import Spikes
+from fxopt.train.loader import Loader
 from fxopt.train.optimizers import Group
 from fxopt.train.saver import Checkpoints
 from fxopt.train.schedule import Plateau
 from fxopt.train.settings import described
 from fxopt.train.stopping import EarlyStopping
+from fxopt.train.texts import text_loader
 from fxopt.train.trainer import Trainer
 
 KINDS: dict[str, Any] = {"EarlyStopping": EarlyStopping, "Averaged": Averaged, "Freezing": Freezing, "Plateau": Plateau, "Group": Group, "lora_plus": optimizers.lora_plus,
@@ -34,11 +37,60 @@ _NESTED = {"checkpoints": Checkpoints, "spikes": Spikes}
 
 @dataclass
 class Data:
-    """Where batches come from: `package.module:function`, called without arguments; it gives batches, a `fxopt.Loader`, a torch
-    DataLoader, or a data set with `trainer.batch_size`."""
+    """Where batches come from.
 
-    train: str
+    Attributes:
+        train: `package.module:function`, called without arguments; it gives batches, a `fxopt.Loader`, a torch DataLoader, or a data set with
+            `trainer.batch_size`. val: the same for validation; with `path`, a file.
+        path: a file of text instead, read by `fxopt.data.Dataset`; the settings below are for it.
+        tokenizer: a folder or file; None: the model's folder. held_out: rows of `path` that are drawn for validation.
+        packing: tokens of a packed row; None: padded batches of `trainer.batch_size` samples of similar length.
+        format, columns, length, long, train_on, template, template_arguments, date: see `fxopt.data.Dataset`.
+    """
+
+    train: str | None = None
     val: str | None = None
+    path: str | None = None
+    tokenizer: str | None = None
+    held_out: int | None = None
+    packing: int | None = None
+    format: str | None = None
+    columns: dict[str, str] | None = None
+    length: int | None = None
+    long: str = "cut"
+    train_on: str | None = None
+    template: str | None = None
+    template_arguments: dict[str, Any] | None = None
+    date: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.train is None) == (self.path is None):
+            what = "'train' is missing, and 'path' too." if self.path is None else "Give either `train` or `path`."
+            raise DataError(what, where="data", do="`train` names a function that gives batches, `path` a file of text.")
+        if self.path is None and (given := [one.name for one in fields(self) if one.name not in ("train", "val") and getattr(self, one.name) != one.default]):
+            raise DataError(f"`{given[0]}` is for a file of text.", where="data", do="Name the file: `path: FILE`.")
+        if self.held_out is not None and self.val is not None:
+            raise DataError("Give either `val` or `held_out`.", where="data")
+
+    def loaders(self, model: str, trainer: Trainer) -> tuple[Loader, Loader | None, Dataset]:
+        """(training, validation, the data set of the file): batches of the files of text.
+
+        Args:
+            model: of the configuration. trainer: for its batch_size, workers and seed.
+
+        Raises:
+            DataError: see `fxopt.data.Dataset`; there is neither a tokenizer nor a model's folder.
+        """
+        assert self.path is not None
+        if self.tokenizer is None and not Path(model).is_dir():
+            raise DataError("There is no tokenizer.", where="data.tokenizer", do="Name its folder: the model is no folder that could hold it.")
+        tokenizer = load_tokenizer(self.tokenizer or model)
+        settings = {name: getattr(self, name) for name in ("format", "columns", "length", "long", "train_on", "template", "template_arguments", "date")}
+        dataset = Dataset(self.path, tokenizer, **settings)
+        more = {"workers": trainer.workers, "seed": trainer.seed or 0}
+        train, val = dataset.split(self.held_out, trainer.seed or 0) if self.held_out else (dataset, Dataset(self.val, tokenizer, **settings) if self.val is not None else None)
+        sizes = {"batch_size": trainer.batch_size if self.packing is None else None, "tokens": self.packing}
+        return text_loader(train, **sizes, **more), text_loader(val, **sizes, **more, train=False) if val is not None else None, dataset
 
 
 @dataclass
@@ -105,7 +157,8 @@ def text(config: Config) -> str:
     trainer = {name: value for name, value in described(config.trainer).items() if name not in ("loss", "count", "metrics")}
     given = config.given.get("trainer") or {}
     trainer |= {name: given[name] for name in ("callbacks", "loggers", "groups", "schedule") if name in given}
-    return yaml.safe_dump({"model": config.model, "data": {"train": config.data.train, "val": config.data.val}, "passes": config.passes, "resume": config.resume,
+    data = asdict(config.data) if config.data.path is not None else {"train": config.data.train, "val": config.data.val}
+    return yaml.safe_dump({"model": config.model, "data": data, "passes": config.passes, "resume": config.resume,
                            "trainer": {name: {k: v for k, v in value.items() if k != "kind"} if isinstance(value, dict) and name in _NESTED else value for name, value in trainer.items()}},
                           sort_keys=False, allow_unicode=True, width=120)
 
