@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from fxopt.dispatch.checking import SEED
-from fxopt.dispatch.lowered import Entry
+from fxopt.dispatch.lowered import Entry, Lowered
 from fxopt.dispatch.failure import Failure
 from fxopt.dispatch.parts import Parts, WholeDispatcher
 from fxopt.errors import CallError, CaptureError, FxoptError, PassError, Untraceable
@@ -89,6 +89,11 @@ class RootDispatcher(WholeDispatcher):
             with self.weights.stand_ins():
                 self._capture_parts(call, error)
             self.last, self.partial = None, True
+
+    def lowered(self) -> list[Lowered]:
+        """All that was captured so far, of the whole and of parts."""
+        own = [each for entries in self.entries.values() for entry in entries for each in (entry.assuming, entry.plain) if each is not None]
+        return own + ([each for _, each in self.parts.programs()] if self.parts is not None else [])
 
     def forget(self) -> None:
         """Drop all programs."""

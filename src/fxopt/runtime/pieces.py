@@ -184,7 +184,7 @@ def units_of(model: nn.Module, schedules: Sequence[Schedule], ranks: Ranks) -> l
         block = next((name for name in blocks if path == name or path.startswith(f"{name}.")), None)
         for store in (module._parameters, module._buffers if isinstance(module, StoredWeight) else {}):
             for name, value in store.items():
-                if value is not None:
+                if value is not None and not value.is_meta:
                     found = members.setdefault(id(value), Member(f"{path}.{name}".strip("."), [], value, value.shape))
                     found.places.append((store, name))
                     owners.setdefault(id(value), set()).add(None if id(value) in outside else block)

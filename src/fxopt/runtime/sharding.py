@@ -222,22 +222,6 @@ class Sharding(Unsharded):
 
     # -- whole again ------------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
-        """Inside, every rank has the whole model, to read. On all ranks."""
-        for unit in self.units:
-            unit.gather()
-            for member in unit.members:
-                member.put(member.whole)
-        self.inert += 1
-        try:
-            yield
-        finally:
-            self.inert -= 1
-            for unit in self.units:
-                unit.release()
-            self._hide()
-
     def undo(self) -> None:
         """Give every rank the whole model back, in its own parameters. On all ranks."""
         self.detach()

@@ -121,31 +121,41 @@ def write(path: Path, fill: Callable[[Writer], None], facts: Mapping[str, Any], 
     Raises:
         DataError: the system refuses. Nothing of the new checkpoint is left, older ones are untouched.
     """
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    new = temporary(path)
     try:
-        _remove(temporary)
-        temporary.mkdir(mode=0o755)
-        os.chmod(temporary, 0o755)
-        writer = Writer(temporary)
+        _remove(new)
+        new.mkdir(mode=0o755)
+        os.chmod(new, 0o755)
+        writer = Writer(new)
         fill(writer)
-        with (temporary / MANIFEST).open("xb") as stream:
+        with (new / MANIFEST).open("xb") as stream:
             stream.write(_signed({"format": VERSION, **facts, "files": dict(sorted(writer.files.items()))}))
             stream.flush()
             os.fchmod(stream.fileno(), 0o644)
             os.fsync(stream.fileno())
-        for folder in {temporary, *(file.parent for file in map(temporary.joinpath, writer.files))}:
+        for folder in {new, *(file.parent for file in map(new.joinpath, writer.files))}:
             os.chmod(folder, 0o755)
             _sync(folder)
         if path.exists():
             discard(path)
-        os.rename(temporary, path)
+        os.rename(new, path)
         _sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
-            _remove(temporary)
-        free = _free(path.parent)
-        raise DataError(f"The checkpoint could not be written: {error.strerror or error}{f' ({free:,} bytes are free)' if free is not None else ''}.", where=str(path),
-                        do=f"Free space, or choose another folder. {f'The last good checkpoint is {last_good}, unchanged.' if last_good else 'There is no checkpoint before it.'}") from error
+            _remove(new)
+        raise unwritten(path, error, last_good) from error
+
+
+def temporary(path: Path) -> Path:
+    """Where a checkpoint lies while it is written."""
+    return path.with_name(f"{_TEMPORARY}{path.name}")
+
+
+def unwritten(path: Path, error: OSError, last_good: Path | None) -> DataError:
+    """What is to be said when the system refuses."""
+    free = _free(path.parent)
+    return DataError(f"The checkpoint could not be written: {error.strerror or error}{f' ({free:,} bytes are free)' if free is not None else ''}.", where=str(path),
+                     do=f"Free space, or choose another folder. {f'The last good checkpoint is {last_good}, unchanged.' if last_good else 'There is no checkpoint before it.'}")
 
 
 def discard(path: Path) -> None:

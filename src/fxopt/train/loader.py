@@ -38,7 +38,7 @@ class Source(Protocol):
 class Loader:
     """Batches of a data set, exactly resumable, also with workers.
 
-    Each batch is made under random states of its own, from (seed, epoch, number of the batch): what a data set or a collate function
+    Each batch is made under random states of its own, from (seed, epoch, number of the batch over all ranks): what a data set or a collate function
     draws (Python, numpy, torch) does not depend on the workers, on the model, or on where a run was resumed.
 
     Args:
@@ -87,7 +87,7 @@ class Loader:
     def batches(self, epoch: int, cursor: int) -> Iterator[Batch]:
         """See `Source`."""
         sampler = self.sampler
-        jobs = [(epoch, cursor + i, indices) for i, indices in enumerate(sampler.iterate(Position(sampler.seed, epoch, cursor, sampler.rank, sampler.world)))]
+        jobs = [(epoch, (cursor + i) * sampler.world + sampler.rank, indices) for i, indices in enumerate(sampler.iterate(Position(sampler.seed, epoch, cursor, sampler.rank, sampler.world)))]
         if not self.workers:
             return map(self.maker, jobs)
         self._jobs[:] = jobs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,21 @@ from torch import Tensor
 
 from fxopt.errors import DataError
 
-_TENSOR, _TUPLE, _PAIRS, _FLOAT, _DTYPE = "$tensor", "$tuple", "$pairs", "$float", "$dtype"
-_MARKS = {_TENSOR, _TUPLE, _PAIRS, _FLOAT, _DTYPE}
+_TENSOR, _TUPLE, _PAIRS, _FLOAT, _DTYPE, _PIECE = "$tensor", "$tuple", "$pairs", "$float", "$dtype", "$piece"
+_MARKS = {_TENSOR, _TUPLE, _PAIRS, _FLOAT, _DTYPE, _PIECE}
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Stands in a state for a tensor that lies in pieces in other files (see `sharded`).
+
+    Attributes:
+        shape: of the whole; None: each rank has its own.
+    """
+
+    name: str
+    shape: tuple[int, ...] | None
 
 
 def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
@@ -33,6 +46,8 @@ def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors[where] = value.detach()
         return {_TENSOR: where}
+    if isinstance(value, Mark):
+        return {_PIECE: [value.name, None if value.shape is None else list(value.shape)]}
     if isinstance(value, np.ndarray):
         return encode(torch.from_numpy(np.ascontiguousarray(value)), where, tensors)
     if isinstance(value, np.generic):
@@ -74,6 +89,8 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
             return {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}[held]
         if kind == _DTYPE:
             return _DTYPES[held]
+        if kind == _PIECE:
+            return Mark(held[0], None if held[1] is None else tuple(held[1]))
         return {decode(key, tensors): decode(item, tensors) for key, item in held}
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"The saved value {kind} cannot be read: {error!r}.", do="The file was not written by fxopt, or is damaged.") from error

@@ -16,6 +16,7 @@ from fxopt.train import folder as folders
 from fxopt.train.callbacks import Callback, State
 from fxopt.train.run import Run
 from fxopt.train.schedule import better
+from fxopt.train.sharded import write_together
 from fxopt.train.signals import Signals, Stopped
 from fxopt.train.snapshot import Snapshot, capture, checkpoints, fill, fingerprint
 
@@ -131,11 +132,14 @@ class Saver:
         position = state.step, state.epoch, state.micro
         if position != self.last:
             self.join(run)
-            snapshot = capture(run, self.settings, self.fingerprint(run), copy=self.policy.background)
+            sharded = run.strategy.lockstep
+            snapshot = capture(run, self.settings, self.fingerprint(run), copy=self.policy.background and not sharded)
             path = self.folder / name_of(*position)
             facts = {"step": state.step, "epoch": state.epoch, "world": state.world, "best_of": {name: value for name, value in self.best_of.items() if math.isfinite(value)}}
             self.last, self.epoch_due, self.best_of, self.began = position, False, {}, time.monotonic()
-            if snapshot is not None and self.policy.background:
+            if snapshot is not None and sharded:
+                self._write_together(run, snapshot, path, facts)
+            elif snapshot is not None and self.policy.background:
                 self.thread = threading.Thread(target=self._quietly, args=(snapshot, path, facts), name="fxopt checkpoint")
                 self.thread.start()
             elif snapshot is not None:
@@ -184,6 +188,14 @@ class Saver:
         self.last_good = path
         self.written.append(path)
         self._prune()
+
+    def _write_together(self, run: Run, snapshot: Snapshot, path: Path, facts: Mapping[str, Any]) -> None:
+        # not in the background, where other threads would exchange in between; and without an adapter's files, whose weights are in pieces
+        write_together(run.strategy, path, lambda writer: fill(snapshot, writer), snapshot.pieces, facts, self.last_good)
+        self.last_good = path
+        if not run.state.rank:
+            self.written.append(path)
+            self._prune()
 
     def _prune(self) -> None:
         paths = checkpoints(self.folder)

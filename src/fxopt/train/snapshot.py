@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from fxopt.train.folder import Writer
 from fxopt.train.journal import TIMES
 from fxopt.train.plain import cloned, decode, encode
 from fxopt.train.randomness import restore as restore_random
-from fxopt.train.randomness import states
+from fxopt.train.randomness import mixed, seed_all, states
 from fxopt.train.run import Run
+from fxopt.train.sampler import Position
+from fxopt.train.sharded import Piece, filled_in, index, taken_out
 from fxopt.train.task import changing_buffers
 
 log = logging.getLogger("fxopt")
@@ -34,14 +36,16 @@ class Snapshot:
     """A run between two batches.
 
     Attributes:
-        weights: the parameters that train and the buffers, by name. shared: what is the same on all ranks. ranks: what is each rank's
+        weights: the parameters that train and the buffers, by name; of a read one perhaps `Spread`. shared: what is the same on all ranks. ranks: what is each rank's
             own: random states, position, gradients and buffers of an unfinished step. config: settings, pipeline, hash of the graph.
+        pieces: of this rank, of what lies in pieces; `shared` has marks in their place.
     """
 
-    weights: dict[str, Tensor]
+    weights: dict[str, Any]
     shared: dict[str, Any]
     ranks: list[dict[str, Any]]
     config: dict[str, Any]
+    pieces: dict[str, Piece] = field(default_factory=dict)
 
 
 def changing(run: Run) -> list[str]:
@@ -52,14 +56,14 @@ def changing(run: Run) -> list[str]:
 
 
 def fingerprint(run: Run) -> str:
-    """The sha256 of the state that training does not change: names, dtypes, shapes and bytes."""
-    kept, sha = set(changing(run)), hashlib.sha256()
-    module = run.task.module
-    for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()], key=lambda pair: pair[0]):
-        if name not in kept and not tensor.is_meta:
-            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    """The sha256 of the state that training does not change: names, dtypes, shapes and bytes. On all ranks."""
+    kept, found = set(changing(run)), {}
+    for name, tensor in run.strategy.each(run.task.module):
+        if name not in kept:
+            sha = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             sha.update(memoryview(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b"")
-    return sha.hexdigest()
+            found[name] = sha.hexdigest()
+    return hashlib.sha256("\n".join(found[name] for name in sorted(found)).encode()).hexdigest()
 
 
 def pipeline_of(module: nn.Module) -> str | None:
@@ -68,7 +72,7 @@ def pipeline_of(module: nn.Module) -> str | None:
 
 
 def capture(run: Run, settings: Mapping[str, Any], frozen: str, copy: bool) -> Snapshot | None:
-    """The run as it stands; None on other ranks than the first.
+    """The run as it stands; None on other ranks than the first, unless they have pieces of it.
 
     Args:
         settings: of the trainer, plain. frozen: the fingerprint. copy: tensors are copied, so that the run may go on.
@@ -80,11 +84,11 @@ def capture(run: Run, settings: Mapping[str, Any], frozen: str, copy: bool) -> S
     run.events(Callback.on_save, state, extra)
     shared = {
         "position": {"step": state.step, "epoch": state.epoch, "batch": state.batch, "micro": state.micro, "step_before": run.step_before,
-                     "skipped": state.skipped, "validated_at": run.validated_at, "world": state.world},
+                     "skipped": state.skipped, "validated_at": run.validated_at, "world": state.world, "over": bool(state.batch) and run.epoch_is_over()},
         "stop": [state.stop, state.why], "metrics": state.metrics,
-        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers], "rates": run.rates.state_dict(),
+        "optimizers": [run.strategy.optimizer_state(optimizer) for optimizer in run.optimizers], "rates": run.rates.state_dict(),
         "scaler": None if run.scaler is None else run.scaler.state_dict(), "guard": run.guard.state_dict(), "means": run.means.state_dict(),
-        "callbacks": [[type(callback).__name__, callback.state_dict()] for callback in run.events.callbacks],
+        "callbacks": [[type(callback).__name__, run.strategy.pieces(run.task.module, callback.state_dict())] for callback in run.events.callbacks],
         "journal": sizes, "frozen": frozen, **extra,
     }
     gradients = {}
@@ -93,11 +97,15 @@ def capture(run: Run, settings: Mapping[str, Any], frozen: str, copy: bool) -> S
     own = {"random": states(), "data": run.data.state_dict(), "gradients": gradients, "losses": run.known_losses() if state.micro else [], "logged": state.logged,
            "buffers": run.strategy.changed_buffers(run.task.module) if state.world > 1 else {}}
     ranks = run.strategy.gather(cloned(own) if copy else own)
-    weights = run.strategy.state(run.task.module, changing(run))
-    if ranks is None:
+    weights: dict[str, Any] = run.strategy.state(run.task.module, changing(run))
+    shared["weights"] = {name: value for name, value in weights.items() if isinstance(value, Piece)}
+    pieces: dict[str, Piece] = {}
+    shared = taken_out(shared, "state", pieces)
+    if ranks is None and not run.strategy.lockstep:
         return None
+    weights = {name: value for name, value in weights.items() if not isinstance(value, Piece)}
     config = {"settings": dict(settings), "passes": pipeline_of(run.task.module), "graphs": sorted(run.graphs), "torch": torch.__version__, "times": times}
-    return Snapshot(cloned(weights), cloned(shared), ranks, config) if copy else Snapshot(weights, shared, ranks, config)
+    return Snapshot(cloned(weights), cloned(shared), ranks or [], config) if copy else Snapshot(weights, shared, ranks or [], config, pieces)
 
 
 def fill(snapshot: Snapshot, writer: Writer, adapter: Any = None) -> None:
@@ -129,7 +137,9 @@ def read(path: Path) -> Snapshot:
     files = folders.verify(path)["files"]
     ranks = sum(name.startswith("rank-") and name.endswith(".json") for name in files)
     parts = [decode(folders.read_state(path / f"{name}.json"), folders.read_tensors(path / f"{name}.safetensors")) for name in (STATE, *(f"rank-{i}" for i in range(ranks)))]
-    return Snapshot(folders.read_tensors(path / WEIGHTS), parts[0], parts[1:], folders.read_state(path / CONFIG))
+    shared = filled_in(parts[0], index(path, files))
+    weights = {**folders.read_tensors(path / WEIGHTS), **shared.pop("weights")}
+    return Snapshot(weights, shared, parts[1:], folders.read_state(path / CONFIG))
 
 
 def newest_good(folder: Path) -> tuple[Path, Snapshot] | None:
@@ -165,7 +175,7 @@ def restore(run: Run, snapshot: Snapshot, frozen: str) -> None:
     _same(run, snapshot, frozen)
     run.strategy.load(run.task.module, snapshot.weights)
     for optimizer, saved in zip(run.optimizers, shared["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+        run.strategy.load_optimizer(optimizer, saved)
     run.rates.load_state_dict(shared["rates"])
     if shared["scaler"] is not None:
         run.scaler = run.scaler or Scaler()
@@ -173,12 +183,14 @@ def restore(run: Run, snapshot: Snapshot, frozen: str) -> None:
     run.guard.load_state_dict(shared["guard"])
     run.means.load_state_dict(shared["means"])
     for callback, (_, saved) in zip(run.events.callbacks, shared["callbacks"], strict=True):
-        callback.load_state_dict(saved)
+        callback.load_state_dict(run.strategy.localized(run.task.module, saved))
     position = shared["position"]
     state.first_step, state.epoch, state.batch, state.micro = position["step"], position["epoch"], position["batch"], position["micro"]
     state.skipped, run.step_before, run.validated_at = position["skipped"], position["step_before"], position["validated_at"]
+    if position["world"] != state.world:
+        state.batch = _batch_of(run, position)
     (state.stop, state.why), state.metrics = shared["stop"], dict(shared["metrics"])
-    own = snapshot.ranks[state.rank]
+    own = snapshot.ranks[state.rank if state.rank < len(snapshot.ranks) else 0]
     run.data.load_state_dict(own["data"])
     parameters = dict(run.task.module.named_parameters())
     for name, gradient in own["gradients"].items():
@@ -193,22 +205,36 @@ def restore(run: Run, snapshot: Snapshot, frozen: str) -> None:
 
 
 def restore_random_states(run: Run, snapshot: Snapshot) -> None:
-    """Put back the random states of this rank."""
-    restore_random(snapshot.ranks[run.state.rank]["random"])
+    """Put back the random states of this rank. One that the saved run did not have begins with a number that rank 0's would draw next."""
+    rank = run.state.rank
+    restore_random(snapshot.ranks[rank if rank < len(snapshot.ranks) else 0]["random"])
+    if rank >= len(snapshot.ranks):
+        seed_all(mixed(int(torch.randint(1 << 31, ())), rank))
+
+
+def _batch_of(run: Run, position: Mapping[str, Any]) -> int:
+    """How many turns of an epoch are over, for another number of ranks than the saved.
+
+    Raises:
+        DataError: the saved run was in the middle of a step; or so many batches do not divide among the ranks.
+    """
+    if position["micro"]:
+        raise DataError(f"The checkpoint is of the middle of a step of {position['world']} processes, this run has {run.state.world}.", do="Resume with as many processes, or from a checkpoint between two steps.")
+    if position["over"] and (length := run.data.length(position["epoch"])) is not None:
+        return length
+    return Position(0, position["epoch"], position["batch"], 0, position["world"]).on(run.state.rank, run.state.world).cursor
 
 
 def _same(run: Run, snapshot: Snapshot, frozen: str) -> None:
     shared, mine = snapshot.shared, changing(run)
     do = "Resume with the same model, passes and optimizer, or begin anew in another folder."
-    if shared["position"]["world"] != run.state.world:
-        raise DataError(f"The checkpoint was written by {shared['position']['world']} processes, this run has {run.state.world}.", do="Resume with as many processes.")
     if odd := sorted(set(mine) ^ set(snapshot.weights)):
         raise DataError(f"The checkpoint {'lacks' if odd[0] in mine else 'has'} {odd[0]}, which this model {'trains' if odd[0] in mine else 'does not train'}"
                         f"{f' (and {len(odd) - 1} more)' if len(odd) > 1 else ''}.", where=type(run.task.module).__name__, do=do)
     held = {**dict(run.task.module.named_parameters()), **dict(run.task.module.named_buffers())}
     for name, value in snapshot.weights.items():
-        if run.state.world == 1 and (held[name].shape != value.shape or held[name].dtype != value.dtype):
-            raise DataError(f"{name} is {list(value.shape)}, {value.dtype} in the checkpoint and {list(held[name].shape)}, {held[name].dtype} in the model.", do=do)
+        if not run.strategy.lockstep and (tuple(held[name].shape) != tuple(value.shape) or isinstance(value, Tensor) and held[name].dtype != value.dtype):
+            raise DataError(f"{name} is {list(value.shape)}, {getattr(value, 'dtype', 'in pieces')} in the checkpoint and {list(held[name].shape)}, {held[name].dtype} in the model.", do=do)
     if shared["frozen"] != frozen:
         raise DataError("The weights that are not trained are not those of the checkpoint.", where=type(run.task.module).__name__, do="Load the model that the run began with.")
     present = pipeline_of(run.task.module)

@@ -281,12 +281,13 @@ class Trainer:
             run.events(Callback.on_fit_end, state)
             if run.saver is not None:
                 run.saver.save(run, wait=True)
+            run.strategy.end(module)
         except BaseException as error:
             run.strategy.failed(error)
             run.events(Callback.on_exception, state, error)
             if run.saver is not None:
                 run.saver.settle(error)
-            if folder is not None and state.history:
+            if folder is not None and state.history and not run.strategy.lockstep:
                 self._save_adapter(run, folder)  # the weights are those of the last finished step
             if run.saver is not None and isinstance(error, Exception):
                 error.add_note(f"The last good checkpoint is {run.saver.last_good}." if run.saver.last_good else "No checkpoint was written yet.")

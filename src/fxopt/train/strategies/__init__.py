@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from fxopt.errors import DataError
 from fxopt.train.strategies.ddp import DDP
 from fxopt.train.strategies.environment import place
+from fxopt.train.strategies.fsdp import FSDP
 from fxopt.train.strategies.single import Single
 
 
@@ -24,7 +26,7 @@ class Strategy(Protocol):
 
     Attributes:
         name: for messages and `Trainer(strategy=)`. rank, world: this process, and how many there are.
-        lockstep: the forward of the model exchanges something itself (sharded weights are gathered), so that every rank must run as many
+        lockstep: weights are in pieces; the forward of the model exchanges something itself (sharded weights are gathered), so that every rank must run as many
             forwards and backwards as the others. Where a rank has no batch, the loop then gives it one of another time, with weight 0.
     """
 
@@ -64,10 +66,31 @@ class Strategy(Protocol):
         `synchronize`."""
 
     def state(self, model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-        """Whole parameters and buffers of these names, for a checkpoint. Ranks other than 0, which write nothing, may give none."""
+        """Parameters and buffers of these names, for a checkpoint: whole, or in `Piece`s, of which each rank writes its own. Ranks other than
+        0 may give no whole ones."""
 
-    def load(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """Write whole parameters and buffers back."""
+    def load(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Write parameters and buffers back, from whole tensors or a checkpoint's pieces (`Spread`), of however many ranks."""
+
+    def each(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter and buffer with its name, whole, on every rank; a tensor need not outlive the iteration. To the end, on all ranks."""
+
+    def pieces(self, model: nn.Module, state: Any) -> Any:
+        """A state of plain data, in which a tensor under the name of a parameter that lies in pieces, and of its present shape, is such a
+        `Piece` too (the averages of the weights)."""
+
+    def localized(self, model: nn.Module, state: Any) -> Any:
+        """What `pieces` was given, from whole tensors or pieces of however many ranks, as this rank holds it."""
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Its `state_dict`, with `Piece`s."""
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        """Take over such a state, from whole tensors or a checkpoint's pieces, of however many ranks.
+
+        Raises:
+            DataError: a part of it can only be read by as many ranks as wrote it.
+        """
 
     def share(self, value: Any) -> list[Any]:
         """Plain data (what `fxopt.train.plain.encode` takes) of every rank, by rank, on all ranks."""
@@ -77,6 +100,9 @@ class Strategy(Protocol):
 
     def barrier(self) -> None:
         """Wait for all ranks."""
+
+    def end(self, model: nn.Module) -> None:
+        """The run went well, and the last checkpoint is written: every rank gets the whole model."""
 
     def failed(self, error: BaseException) -> None:
         """This rank's run ends with an error of its own: tell the others, without waiting for them."""
@@ -88,7 +114,7 @@ class Strategy(Protocol):
 GROUP = "fxopt.strategies"
 """The entry-point group in which packages name strategies of their own: a callable without arguments that gives a `Strategy`."""
 
-STRATEGIES: dict[str, Callable[[], Strategy]] = {"single": Single, "ddp": DDP}
+STRATEGIES: dict[str, Callable[[], Strategy]] = {"single": Single, "ddp": DDP, "fsdp": FSDP}
 """Those of fxopt, by name. Each is made once for every `fit`, `validate`, …, so it takes over a process group that is there."""
 
 

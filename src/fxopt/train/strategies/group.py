@@ -6,7 +6,7 @@ import atexit
 import datetime
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -88,9 +88,14 @@ class Processes:
 
     def start_sum(self, tensor: Tensor) -> dist.Work:
         """Begin to add a tensor over all ranks, in place."""
-        return self._started(lambda: dist.all_reduce(tensor, group=self.control if tensor.device.type == "cpu" else None, async_op=True))
+        return self.started(lambda: dist.all_reduce(tensor, group=self.control if tensor.device.type == "cpu" else None, async_op=True))
 
-    def _started(self, begin: Any) -> dist.Work:
+    def started(self, begin: Callable[[], dist.Work]) -> dist.Work:
+        """Begin an exchange.
+
+        Raises:
+            ProcessError: a rank has failed or was lost.
+        """
         if (error := self.monitor.error()) is not None:
             raise error
         try:
@@ -129,11 +134,11 @@ class Processes:
 
     def largest(self, tensor: Tensor) -> None:
         """The largest over all ranks, element by element, in place."""
-        self.wait(self._started(lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control if tensor.device.type == "cpu" else None, async_op=True)), tensor.device.type)
+        self.wait(self.started(lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control if tensor.device.type == "cpu" else None, async_op=True)), tensor.device.type)
 
     def from_first(self, tensor: Tensor) -> None:
         """Rank 0's values, in place."""
-        self.wait(self._started(lambda: dist.broadcast(tensor, 0, group=self.control if tensor.device.type == "cpu" else None, async_op=True)), tensor.device.type)
+        self.wait(self.started(lambda: dist.broadcast(tensor, 0, group=self.control if tensor.device.type == "cpu" else None, async_op=True)), tensor.device.type)
 
     def share(self, value: Any) -> list[Any]:
         """Plain data (what `fxopt.train.plain.encode` takes) of every rank, by rank. Two exchanges if it is longer than a kilobyte."""
@@ -150,7 +155,7 @@ class Processes:
 
     def _all(self, tensor: Tensor) -> list[Tensor]:
         found = [torch.empty_like(tensor) for _ in range(self.world)]
-        self.wait(self._started(lambda: dist.all_gather(found, tensor, group=self.control, async_op=True)))
+        self.wait(self.started(lambda: dist.all_gather(found, tensor, group=self.control, async_op=True)))
         return found
 
     def gather(self, value: Any) -> list[Any] | None:
@@ -159,7 +164,7 @@ class Processes:
         lengths = self.share(len(payload))
         found = [torch.empty(max(lengths), dtype=torch.uint8) for _ in lengths] if self.rank == 0 else None
         padded = torch.nn.functional.pad(payload, (0, max(lengths) - len(payload)))
-        self.wait(self._started(lambda: dist.gather(padded, found, 0, group=self.control, async_op=True)))
+        self.wait(self.started(lambda: dist.gather(padded, found, 0, group=self.control, async_op=True)))
         return None if found is None else [_unpacked(each[:length]) for each, length in zip(found, lengths, strict=True)]
 
 

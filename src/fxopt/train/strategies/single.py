@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fxopt.train.sharded import wholes
 
 
 class Single:
@@ -57,7 +59,27 @@ class Single:
         """Copies in place."""
         held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for name, value in state.items():
-            held[name].copy_(value)
+            held[name].copy_(wholes(value))
+
+    def each(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """The model's own tensors."""
+        return ((name, tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()] if not tensor.is_meta)
+
+    def pieces(self, model: nn.Module, state: Any) -> Any:
+        """Nothing is in pieces."""
+        return state
+
+    def localized(self, model: nn.Module, state: Any) -> Any:
+        """Whole tensors."""
+        return wholes(state)
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Its own."""
+        return optimizer.state_dict()
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        """See `Strategy`."""
+        optimizer.load_state_dict(wholes(state))
 
     def share(self, value: Any) -> list[Any]:
         """The one value."""
@@ -69,6 +91,9 @@ class Single:
 
     def barrier(self) -> None:
         """Nobody to wait for."""
+
+    def end(self, model: nn.Module) -> None:
+        """The model is as it should be."""
 
     def failed(self, error: BaseException) -> None:
         """Nobody to tell."""
