@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 import random
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from demo import assets
+from fxopt.data import Dataset, load_tokenizer
 
 QUESTION = 'What does the word "{word}" mean?'
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -47,15 +46,12 @@ def split(held_out: int, seed: int = 0) -> tuple[list[Entry], list[Entry]]:
     return [e for e in every[held_out:] if e.word not in words and e.gloss not in texts], held
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, entry: Entry) -> tuple[list[int], list[int]]:
-    """(prompt, answer) token ids; the answer ends with the token that ends a turn."""
-    messages = [{"role": "user", "content": QUESTION.format(word=entry.word)}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": entry.gloss}], tokenize=False)
-    if not whole.startswith(prompt):
-        raise AssertionError("the chat template changes the prompt when an answer follows")
-    answer = whole[len(prompt) :].rstrip("\n")
-    return tuple(tokenizer.encode(text, add_special_tokens=False) for text in (prompt, answer))
+def prompt(tokenizer: PreTrainedTokenizerBase, entry: Entry) -> list[int]:
+    """Token ids of a question, and of the beginning of its answer's turn."""
+    template = load_tokenizer(tokenizer).template()
+    assert template is not None
+    text = template.render([{"role": "user", "content": QUESTION.format(word=entry.word)}], generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def batches(
@@ -66,20 +62,10 @@ def batches(
     Keys: input_ids, attention_mask, labels, each [size, seq] int64; labels are -100 outside the answers. Grouping
     by length keeps padding low, which helps every system that pays for padding.
     """
-    coded = [encode(tokenizer, entry) for entry in items]
-    coded.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-    groups = [coded[start : start + size] for start in range(0, len(coded), size)]
+    rows = [{"instruction": QUESTION.format(word=entry.word), "output": entry.gloss} for entry in items]
+    dataset = Dataset(rows, tokenizer, format="alpaca")
+    order = sorted(range(len(dataset)), key=lambda i: dataset.lengths[i])
+    groups = [order[start : start + size] for start in range(0, len(order), size)]
     if seed is not None:
         random.Random(seed).shuffle(groups)
-    return [_collate(group, tokenizer.pad_token_id) for group in groups]
-
-
-def _collate(group: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, Tensor]:
-    length = max(len(prompt) + len(answer) for prompt, answer in group)
-    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for prompt, answer in group:
-        rest = length - len(prompt) - len(answer)
-        rows["input_ids"].append(prompt + answer + [pad] * rest)
-        rows["attention_mask"].append([1] * (length - rest) + [0] * rest)
-        rows["labels"].append([IGNORED_LABEL] * len(prompt) + answer + [IGNORED_LABEL] * rest)
-    return {key: torch.tensor(value) for key, value in rows.items()}
+    return [dataset.collate([dataset[i] for i in group]) for group in groups]

@@ -44,7 +44,7 @@ def answers(model: nn.Module, tokenizer: PreTrainedTokenizerBase, plan: Plan) ->
     model.eval()
     found = []
     for entry in sample_words(plan):
-        prompt, _ = data.encode(tokenizer, entry)
+        prompt = data.prompt(tokenizer, entry)
         ids = torch.tensor([prompt])
         out = model.generate(
             input_ids=ids,

@@ -10,6 +10,7 @@ import torch
 
 from demo import assets, data, table
 from demo.plan import Plan, first_adapters, load_tokenizer
+from fxopt.data.encoding import IGNORED
 from fxopt.errors import DataError
 from fxopt.runtime.counting import supervised_items
 from fxopt.runtime.store import read_adapters
@@ -33,14 +34,14 @@ def test_only_answers_are_supervised() -> None:
     seen = set()
     for batch in batches:
         for ids, mask, labels in zip(*batch.values(), strict=True):
-            answer = tokenizer.decode(labels[labels != data.IGNORED_LABEL])
-            prompt = tokenizer.decode(ids[(labels == data.IGNORED_LABEL) & (mask == 1)])
-            assert answer.endswith("<|im_end|>") and prompt.endswith("<|im_start|>assistant\n")
+            answer = tokenizer.decode(labels[labels != IGNORED])
+            prompt = tokenizer.decode(ids[(labels == IGNORED) & (mask == 1)])
+            assert answer.endswith("<|im_end|>") and prompt.removesuffix("\n").endswith("<|im_start|>assistant\n")
             entry = next(entry for entry in entries if entry.gloss == answer.removesuffix("<|im_end|>"))
             assert data.QUESTION.format(word=entry.word) in prompt
-            assert torch.equal(ids[labels != data.IGNORED_LABEL], labels[labels != data.IGNORED_LABEL])
+            assert torch.equal(ids[labels != IGNORED], labels[labels != IGNORED])
             seen.add(entry.word)
-        assert supervised_items(batch) == int((batch["labels"] != data.IGNORED_LABEL).sum())
+        assert supervised_items(batch) == int((batch["labels"] != IGNORED).sum())
     assert len(seen) == 8
 
 
