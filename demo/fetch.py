@@ -11,10 +11,10 @@ from demo import assets
 from fxopt.errors import DataError
 
 
-def main() -> int:
-    """0, or 3 when a package is missing and cannot be fetched."""
+def main(tests: bool = False) -> int:
+    """0, or 3 when a package is missing and cannot be fetched. With `tests` also what only tests read."""
     try:
-        for package in assets.PACKAGES:
+        for package in (*assets.PACKAGES, *((*assets.TEMPLATES, assets.SENTENCEPIECE) if tests else ())):
             assets.archive_path(package)
         assets.model_folder()
     except assets.MissingInput as error:
@@ -27,4 +27,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(tests=True))
