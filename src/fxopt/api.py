@@ -31,6 +31,7 @@ from fxopt.runtime.binding import live_state
 from fxopt.runtime.locate import NonFinite, locate
 from fxopt.runtime.plan import Plan, planned, planner
 from fxopt.runtime.precision_time import predicted as predicted_precision
+from fxopt.runtime.profile import Profile, profile
 from fxopt.runtime.sizes import largest, resized
 from fxopt.runtime.tapping import Tapping
 
@@ -246,6 +247,19 @@ class Optimized(Adapting, nn.Module):
             yield dispatcher.tapping
         finally:
             dispatcher.tapping = outer
+
+    def profile(self, inputs: tuple[Any, ...] | Mapping[str, Any] | None = None, *, repeats: int = 5) -> Profile:
+        """Time and bytes of each node of a step on a batch, forward and backward, with the modules and lines that they come from; `print`
+        it, or take its `json()` or `folded()` stacks. Weights, gradients, buffers and random states are as before afterwards.
+
+        Args:
+            inputs: the batch; None: the last call. repeats: steps that are timed, the shortest counts.
+        """
+        if inputs is None and self.dispatcher.example is None:
+            raise FxoptError("the model was not called yet", do="give `inputs`")
+        call = self.dispatcher.example if inputs is None else inputs if isinstance(inputs, Call) else call_of(inputs)
+        args, kwargs = call.rebuild(call.tensors)
+        return profile(self, lambda: self(*args, **kwargs), repeats)
 
     def verify(self, inputs: tuple[Any, ...] | Mapping[str, Any] | None = None, *, runs: int = 2, seed: int = 0,
                original: Mapping[str, torch.Tensor] | None = None, name: str | None = None, named_inputs: Sequence[str] | None = None) -> Certificate:

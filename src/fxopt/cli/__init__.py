@@ -11,12 +11,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fxopt.cli import bisect, data, diff, dump, explain, launch, locate, passes, plan, train, verify, view
+from fxopt.cli import bisect, data, diff, dump, explain, launch, locate, passes, plan, profile, train, verify, view
 from fxopt.cli.models import UsageError
 from fxopt.errors import CheckError, FxoptError, UnprovenError
 
 DONE, USAGE, REFUSED, FAILED, UNPROVEN = 0, 2, 3, 4, 5
-COMMANDS = (dump, diff, explain, view, locate, plan, data, train, launch, verify, bisect, passes)  # one file each: `add` says its arguments
+COMMANDS = (dump, diff, explain, view, locate, plan, profile, data, train, launch, verify, bisect, passes)  # one file each: `add` says its arguments
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sympy
@@ -24,6 +24,23 @@ from fxopt.kernels.catalog import CATALOG
 
 log = logging.getLogger("fxopt")
 _OPERANDS = {kernel.overload: kernel.rows for op in CATALOG for kernel in op.kernels if kernel.rows is not None}
+
+
+_executors: list[Callable[[fx.GraphModule, Sequence[Any], Any, str], Any]] = []
+
+
+@contextlib.contextmanager
+def executing(executor: Callable[[fx.GraphModule, Sequence[Any], Any, str], Any]) -> Iterator[None]:
+    """Inside, the graphs of regions are run by `executor(graph, arguments, runner, "forward" or "backward")`, in all threads."""
+    _executors.append(executor)
+    try:
+        yield
+    finally:
+        _executors.remove(executor)
+
+
+def _execute(graph: fx.GraphModule, args: Sequence[Any], runner: RegionRunner, direction: str) -> Any:
+    return _executors[-1](graph, args, runner, direction) if _executors else graph(*args)
 
 
 class Compiled:
@@ -123,10 +140,10 @@ class RegionRunner:
         device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if not self.traceable(requires_grad, autocast):
-            return tuple(self.inference(*args))
+            return tuple(_execute(self.inference, args, self, "forward"))
         compiled = self.compile(requires_grad, autocast, policy)
         if not self.covers(args):
-            return tuple(self.inference(*args))  # operator by operator, by ordinary autograd: slower, and right for all sizes
+            return tuple(_execute(self.inference, args, self, "forward"))  # operator by operator, by ordinary autograd: slower, and right for all sizes
         # a joint graph holds its casts: running it under autocast would cast again
         with torch.autocast(device, enabled=False) if autocast is not None else contextlib.nullcontext():
             out = _RegionFunction.apply(self, compiled, *args)
@@ -134,7 +151,7 @@ class RegionRunner:
 
     def _infer(self, args: Sequence[Any]) -> tuple[Any, ...]:
         with torch.no_grad():
-            return tuple(self.inference(*args))
+            return tuple(_execute(self.inference, args, self, "forward"))
 
     def gradients_eagerly(self, args: Sequence[Any], tangents: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Gradients of all outputs by running the region again under ordinary autograd. The slow way, always right."""
@@ -154,7 +171,7 @@ class _RegionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, runner: RegionRunner, compiled: Compiled, *args: Any) -> tuple[Any, ...]:  # type: ignore[override]
         plan = compiled.split
-        results = plan.forward(*args)
+        results = _execute(plan.forward, args, runner, "forward")
         outs = tuple(results[: plan.n_outputs])
         at = plan.n_outputs + len(plan.mutated)
         saved = list(results[at:])
@@ -197,7 +214,7 @@ class _RegionFunction(torch.autograd.Function):
         saved = [next(values) if p is None else p[0] for p in ctx.plain]
         del tensors, values
         wanted = [_as_traced(tangents[i], ctx.layouts[i]) for i in plan.tangents]
-        grads = plan.backward(*saved, *wanted)
+        grads = _execute(plan.backward, (*saved, *wanted), ctx.runner, "backward")
         found: list[Any] = [None] * ctx.n_args
         given = {i for i, t in enumerate(tangents) if t is not None}
         for index, grad in zip(plan.wanted, grads):

@@ -82,6 +82,8 @@ class State:
     """The epoch that `epoch` counts already is being closed: its validation and its end."""
     own_steps: int | None = None
     """Steps that a module took by itself (manual optimization)."""
+    times: Any = None
+    """Where the time goes, if it is measured."""
 
     @property
     def step(self) -> int:

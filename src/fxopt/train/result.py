@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fxopt.train.callbacks import Step
 
@@ -33,6 +34,8 @@ class Result:
     """Steps that were finished before this process took over."""
     why: str = ""
     """Why the run ended before its planned end; empty if it did not."""
+    times: Any = None
+    """Where the time went (`fxopt.train.timing.Times`), of a run with `profile=True`."""
 
     @property
     def losses(self) -> list[float]:

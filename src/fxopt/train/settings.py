@@ -148,5 +148,5 @@ def _plain(value: Any) -> Any:
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The settings that differ between two descriptions, as text; where a run's files lie and what it shows does not count."""
-    names = [name for name in now if name not in ("output_dir", "progress", "loggers", "max_seconds")]
+    names = [name for name in now if name not in ("output_dir", "progress", "loggers", "max_seconds", "profile")]
     return [f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in names if before.get(name) != now[name]]

@@ -40,6 +40,7 @@ from fxopt.train.signals import Signals
 from fxopt.train.strategies import Strategy, strategy_of
 from fxopt.train.summary import summary
 from fxopt.train.task import Loss, ModelTask, Task, check_trainable, device_of
+from fxopt.train.timing import timed
 
 log = logging.getLogger("fxopt")
 
@@ -78,6 +79,7 @@ class Trainer:
         output_dir: the run's folder: metrics.jsonl, metrics.csv, times.jsonl, report.html, checkpoints/, and the adapter in adapter/.
         checkpoints: when to save, what to keep; False: never. log_every: steps between rows in the log.
         strategy: "auto" (ddp under a launcher that started several processes, else single), "single", "ddp", or an object. progress: show a line on stderr.
+        profile: time the parts of the run: `result.times`, and profile.json in the run's folder.
     """
 
     steps: int | None = None
@@ -117,6 +119,7 @@ class Trainer:
     log_every: int = 1
     strategy: Strategy | str = "auto"
     progress: bool = True
+    profile: bool = False
 
     def __post_init__(self) -> None:
         check(self)
@@ -247,10 +250,12 @@ class Trainer:
         if folder is not None and self.checkpoints:
             policy = self.checkpoints if isinstance(self.checkpoints, Checkpoints) else Checkpoints()
             saver = Saver(folder / "checkpoints", policy, described(self), signals, _adapter_of(module))
-        return Run(plan, task, model, state, Events(callbacks), data, validation, made, rates, parameters,
+        run = Run(plan, task, model, state, Events(callbacks), data, validation, made, rates, parameters,
                    Counter(module, self.count, graph=self.loss is None, needed=not self.accumulate == 1), Guard(self.not_finite, self.spikes and replace(self.spikes)), strategy,
                    Journal(folder if not strategy.rank else None, self.loggers if not self.fast_dev_run and not strategy.rank else ()), saver,
                    Scaler() if self.precision == "fp16" else None, optimized and self.loss is None, means)
+        state.times = timed(run) if self.profile else None
+        return run
 
     def _schedules(self, steps: int) -> list[Schedule]:
         given = self.schedule
@@ -330,7 +335,7 @@ class Trainer:
         adapter = self._save_adapter(run, folder) if folder is not None else None
         return Result(tuple(state.history), state.epoch, state.skipped, peak_bytes(run.device), adapter, dict(state.metrics),
                       run.saver.last_good if run.saver is not None else None, run.saver.best() if run.saver is not None and run.saver.policy.best else None,
-                      state.first_step, state.why or ("a callback stopped it" if state.stop else ""))
+                      state.first_step, state.why or ("a callback stopped it" if state.stop else ""), state.times)
 
     def _save_adapter(self, run: Run, folder: Path) -> Path | None:
         """Write the model's adapter, if it has one, for other programs."""
