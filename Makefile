@@ -4,7 +4,7 @@
 #              UPDATE=1 writes the new costs to gate/budget.json
 # make zoo     trains 280 tiny models of many architectures under the library against eager code and writes docs/architectures.md (an hour
 #              on two cores; ONLY=pattern: some)
-# make kill-test  kills training runs at 200 random moments in each of three scenarios, resumes them, compares every byte (20 minutes;
+# make kill-test  kills training runs at 200 random moments in each of four scenarios, resumes them, compares every byte (20 minutes;
 #              POINTS=20: fewer; UPDATE=1 writes bench/results/kills.jsonl)
 # make mutants plants wrong rewrites, counts which certificates catch and bisecting names, writes docs/mutants.md (10 minutes on a core)
 # make fuzz    random programs through every pass and random orders (N=1000, FIRST=0); failures are made smaller and kept in tests/regressions/

@@ -41,6 +41,7 @@ from fxopt.train.snapshot import checkpoints
 from fxopt.train.stopping import EarlyStopping
 from fxopt.train.trainer import Trainer
 from tests.models import llama, tokens
+from tests.train.processes import outcomes
 
 
 class Shifted(torch.utils.data.Dataset):
@@ -104,7 +105,29 @@ def _adapters() -> Callable[[Path, bool], None]:
     return adapters
 
 
-SCENARIOS: dict[str, Callable[[], Callable[[Path, bool], None]]] = {"images": lambda: images, "adapters": _adapters, "workers": lambda: workers}
+def processes(folder: Path, resume: bool) -> None:
+    """The convnet on two processes which train together; this one only waits for them.
+
+    Ends with `UNEQUAL` if one was struck and the other stopped because of it, as it must.
+    """
+    def noted(found: list[int]) -> None:
+        ranks_of(folder).write_text(json.dumps(found))
+
+    try:
+        found = outcomes(2, lambda rank: images(folder, resume), meanwhile=noted)
+    finally:
+        ranks_of(folder).unlink(missing_ok=True)
+    codes = {each.code for each in found}
+    if len(codes) == 1:
+        sys.exit(codes.pop())
+    wrong = [each.error for each in found if each.code not in (0, 128 + signal.SIGTERM, -signal.SIGKILL, -signal.SIGTERM) and "ProcessError: Rank" not in each.error]
+    if wrong:
+        print("\n".join(wrong), file=sys.stderr, flush=True)
+    sys.exit(1 if wrong else UNEQUAL)
+
+
+UNEQUAL = 99
+SCENARIOS: dict[str, Callable[[], Callable[[Path, bool], None]]] = {"images": lambda: images, "adapters": _adapters, "workers": lambda: workers, "processes": lambda: processes}
 
 
 @dataclass
@@ -113,12 +136,19 @@ class Counts:
 
     scenario: str
     kills: int = 0
+    of_one_rank: int = 0
     in_the_middle_of_a_save: int = 0
     signals: int = 0
     runs: int = 0
     different: list[str] = field(default_factory=list)
     seconds_to_stop: list[float] = field(default_factory=list)
+    seconds_to_notice: list[float] = field(default_factory=list)
     seconds_of_a_run: float = 0.0
+
+
+def ranks_of(folder: Path) -> Path:
+    """The file with the process ids of a run's ranks, while they live."""
+    return folder.with_suffix(".ranks")
 
 
 def child(run: Callable[[Path, bool], None], folder: Path, resume: bool) -> int:
@@ -179,7 +209,7 @@ def attack(name: str, points: int, seed: int) -> Counts:
                     kills -= 1
                     time.sleep(chance.uniform(0.0, 0.6 * counts.seconds_of_a_run))
                     gentle = chance.random() < 0.2
-                    _strike(process, gentle, folder, counts)
+                    _strike(process, gentle, folder, counts, chance)
                     continue
                 code = ended(process)
                 assert code == 0, f"{name}: the resumed run ended with {code}"
@@ -190,7 +220,14 @@ def attack(name: str, points: int, seed: int) -> Counts:
     return counts
 
 
-def _strike(process: int, gentle: bool, folder: Path, counts: Counts) -> None:
+def _strike(process: int, gentle: bool, folder: Path, counts: Counts, chance: random.Random) -> None:
+    try:
+        ranks = json.loads(ranks_of(folder).read_text())
+    except (OSError, ValueError):
+        ranks = []  # one process, or the others are not there yet, or no longer
+    if ranks and (gentle or chance.random() < 0.5):
+        _strike_one(chance.choice(ranks), process, gentle, folder, counts)
+        return
     if gentle:
         began = time.monotonic()
         try:
@@ -212,6 +249,24 @@ def _strike(process: int, gentle: bool, folder: Path, counts: Counts) -> None:
         counts.in_the_middle_of_a_save += any((folder / "checkpoints").glob(".*"))
 
 
+def _strike_one(rank: int, process: int, gentle: bool, folder: Path, counts: Counts) -> None:
+    """Strike one of several ranks: the others must end by themselves."""
+    began = time.monotonic()
+    try:
+        os.kill(rank, signal.SIGTERM if gentle else signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    code = ended(process)
+    assert code in (0, UNEQUAL, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL), f"one rank was struck: the run ended with {code}"
+    if gentle and code == 128 + signal.SIGTERM:
+        counts.signals += 1
+        counts.seconds_to_stop.append(time.monotonic() - began)
+    if not gentle and code == UNEQUAL:
+        counts.kills, counts.of_one_rank = counts.kills + 1, counts.of_one_rank + 1
+        counts.in_the_middle_of_a_save += any((folder / "checkpoints").glob(".*"))
+        counts.seconds_to_notice.append(time.monotonic() - began)
+
+
 def main() -> int:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -226,6 +281,7 @@ def main() -> int:
         counts = attack(name, options.points, options.seed)
         line = {"scenario": name, "seed": options.seed, "kills": counts.kills, "in_the_middle_of_a_save": counts.in_the_middle_of_a_save, "sigterm": counts.signals,
                 "slowest_stop_seconds": round(max(counts.seconds_to_stop, default=0.0), 2), "median_stop_seconds": round(statistics.median(counts.seconds_to_stop or [0.0]), 2),
+                **({"of_one_rank": counts.of_one_rank, "slowest_notice_seconds": round(max(counts.seconds_to_notice, default=0.0), 2)} if name == "processes" else {}),
                 "resumed_runs": counts.runs, "different": counts.different, "seconds_of_a_run": round(counts.seconds_of_a_run, 2), "torch": torch.__version__}
         print(json.dumps(line), flush=True)
         if options.out is not None:

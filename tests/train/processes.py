@@ -82,7 +82,6 @@ def together(world: int, function: Callable[[int], Any], **more: Any) -> list[An
 def _child(rank: int, world: int, port: int, function: Callable[[int], Any], pipe: Any) -> None:
     code, answer = 1, (None, "")
     try:
-        os.setpgid(0, 0)
         torch.set_num_threads(1)  # a fork has no threads but its own
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         answer, code = (function(rank), ""), 0

@@ -21,6 +21,7 @@ from fxopt.train.saver import Checkpoints
 from fxopt.train.snapshot import checkpoints
 from fxopt.train.strategies.ddp import DDP
 from fxopt.train.trainer import fit
+from tests.train.kills import attack
 from tests.train.processes import outcomes, together
 from tests.train.small import Net, batches
 
@@ -147,6 +148,12 @@ def test_sigterm_on_one_rank_saves_and_ends_all_and_the_run_resumes_byte_by_byte
     resumed = together(2, ranks("stopped", resume=True))
     assert all(np.array_equal(a, b) for mine, theirs in zip(resumed, wanted, strict=True) for a, b in zip(mine, theirs, strict=True))
     assert state_of(tmp_path / "stopped") == state_of(tmp_path / "whole")
+
+
+def test_runs_of_two_processes_that_are_killed_resume_byte_by_byte() -> None:
+    counts = attack("processes", 4, seed=3)
+    assert counts.kills + counts.signals >= 4 and counts.different == [] and counts.runs >= 1
+    assert max(counts.seconds_to_notice, default=0.0) < BOUND
 
 
 def test_a_full_disk_ends_all_ranks(tmp_path: Path) -> None:

@@ -146,3 +146,42 @@ def test_two_machines_train_and_a_killed_rank_ends_both(tmp_path: Path, capfd: p
     assert capfd.readouterr().out.count("steps 12") == 2
     assert machines("SIGKILL", "killed") == [1, 128 + 9]
     assert "Rank 1 was lost" in capfd.readouterr().err
+
+
+CONFIG = """
+model: mine:model
+passes: canonicalize | fuse | dead_code
+processes: 2
+data: {train: "mine:train", val: "mine:val"}
+trainer: {epochs: 2, lr: 0.01, strategy: ddp, seed: 1, progress: false}
+"""
+MINE = """
+import torch
+from tests.train.small import Net, batches
+
+def model(): return Net(), (torch.randn(4, 4), torch.randint(0, 3, (4,)))
+def train(): return batches(9)
+def val(): return batches(3, seed=7)
+"""
+
+
+def test_a_configuration_starts_its_processes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(CONFIG)
+    asked: list[Any] = []
+    monkeypatch.setattr("fxopt.train.launcher.launch", lambda command, processes: asked.append((list(command), processes)) or 0)
+    assert main(["train", "run.yaml", "trainer.lr=1", "--resume"]) == 0
+    assert asked == [([sys.executable, "-m", "fxopt", "train", "run.yaml", "trainer.lr=1", "--resume"], 2)]
+    for name, value in {**TORCHRUN, "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "run.yaml"]) != 0 and len(asked) == 1, "a rank starts no others: it looks for the model, which is not there"
+
+
+@pytest.mark.slow
+def test_a_configuration_trains_on_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], importable: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(CONFIG)
+    Path("mine.py").write_text(MINE)
+    assert main(["train", "run.yaml", f"trainer.output_dir={tmp_path / 'run'}"]) == 0
+    out = capfd.readouterr().out
+    assert "[0] steps 10, epochs 2" in out and "[1]" not in out and (tmp_path / "run" / "metrics.jsonl").exists()

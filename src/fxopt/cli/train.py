@@ -15,7 +15,7 @@ from fxopt.errors import DataError
 def add(commands: Any) -> None:
     """The command's arguments."""
     train = commands.add_parser("train", help="train a model as a YAML file says", description="Train a model as a YAML file says. `fxopt train config.yaml --print-config` shows all settings.")
-    train.add_argument("config", help="the file: model, passes, data, trainer, resume")
+    train.add_argument("config", help="the file: model, passes, data, trainer, resume, processes")
     train.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="settings that win over the file, such as trainer.lr=1e-4")
     train.add_argument("--print-config", action="store_true", help="print the whole configuration, defaults included, and stop")
     train.add_argument("--resume", action="store_true", help="go on with the newest checkpoint, if there is one")
@@ -24,6 +24,8 @@ def add(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> str:
     from fxopt.train import config as configs
+    from fxopt.train.launcher import launch
+    from fxopt.train.strategies.environment import place
     from fxopt.train.summary import summary
 
     try:
@@ -32,6 +34,12 @@ def _run(arguments: argparse.Namespace) -> str:
         raise UsageError(error.what, where=error.where, do=error.do) from error
     if arguments.print_config:
         return configs.text(config)
+    found = place()
+    if config.processes != 1 and found is None:
+        again = [sys.executable, "-m", "fxopt", "train", arguments.config, *arguments.overrides, *(["--resume"] if arguments.resume else [])]
+        if code := launch(again, config.processes):
+            sys.exit(code)
+        return ""
     if config.data.path is not None:
         train, val, dataset = config.data.loaders(config.model, config.trainer)
         print(dataset.text, file=sys.stderr)
@@ -45,6 +53,8 @@ def _run(arguments: argparse.Namespace) -> str:
         model = optimize(model.train(), config.passes, inputs=kwargs if kwargs and not args else args)
     config.trainer.loggers = [_logger(entry, config.trainer.output_dir) for entry in config.trainer.loggers]
     result = config.trainer.fit(model, train, val, resume=(config.resume or arguments.resume) and config.trainer.output_dir is not None)
+    if found is not None and found.rank:
+        return ""  # rank 0 says it
     lines = [summary(model, measured=result.peak_memory), "", f"steps {result.first_step + len(result.steps)}, epochs {result.epochs}" + (f"; {result.why}" if result.why else "")]
     lines += [f"{name} {value:.6g}" for name, value in result.metrics.items() if name in ("loss", "val_loss") or name.startswith("val_")]
     lines += [f"{what}: {path}" for what, path in (("adapter", result.adapter), ("checkpoint", result.checkpoint), ("best", result.best)) if path is not None]

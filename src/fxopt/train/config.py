@@ -100,6 +100,7 @@ class Config:
     Attributes:
         model: `package.module:factory` or a local Hugging Face folder. passes: of `fxopt.optimize`; "none": the model as it is; None: the
             exact ones. data: see `Data`. resume: go on with the newest checkpoint of `trainer.output_dir`, if there is one.
+        processes: that train together on this machine, started by `fxopt train` unless a launcher has started them already.
     """
 
     model: str
@@ -107,6 +108,7 @@ class Config:
     trainer: Trainer
     passes: str | None = None
     resume: bool = False
+    processes: int = 1
     given: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
@@ -147,9 +149,9 @@ def build(values: Mapping[str, Any]) -> Config:
     Raises:
         DataError: see `load`.
     """
-    _names(values, ("model", "data", "passes", "trainer", "resume"), "the configuration", needed=("model", "data"))
+    _names(values, ("model", "data", "passes", "trainer", "resume", "processes"), "the configuration", needed=("model", "data"))
     return Config(_converted(values["model"], str, "model"), made(Data, values["data"], "data"), made(Trainer, _trainer(values.get("trainer") or {}), "trainer"),
-                  _converted(values.get("passes"), str | None, "passes"), _converted(values.get("resume", False), bool, "resume"), dict(values))
+                  _converted(values.get("passes"), str | None, "passes"), _converted(values.get("resume", False), bool, "resume"), _converted(values.get("processes", 1), int, "processes"), dict(values))
 
 
 def text(config: Config) -> str:
@@ -158,7 +160,7 @@ def text(config: Config) -> str:
     given = config.given.get("trainer") or {}
     trainer |= {name: given[name] for name in ("callbacks", "loggers", "groups", "schedule") if name in given}
     data = asdict(config.data) if config.data.path is not None else {"train": config.data.train, "val": config.data.val}
-    return yaml.safe_dump({"model": config.model, "data": data, "passes": config.passes, "resume": config.resume,
+    return yaml.safe_dump({"model": config.model, "data": data, "passes": config.passes, "resume": config.resume, "processes": config.processes,
                            "trainer": {name: {k: v for k, v in value.items() if k != "kind"} if isinstance(value, dict) and name in _NESTED else value for name, value in trainer.items()}},
                           sort_keys=False, allow_unicode=True, width=120)
 
