@@ -14,8 +14,9 @@ class TokenizersCore:
     """A tokenizer of the package tokenizers: see `fxopt.data.tokenizer.Core`."""
 
     def __init__(self, tokenizer: Any) -> None:
-        tokenizer.no_truncation()  # files keep what their last user set
-        tokenizer.no_padding()
+        if tokenizer.truncation is not None or tokenizer.padding is not None:  # files keep what their last user set
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.special: Mapping[str, int] = {token.content: number for number, token in sorted(tokenizer.get_added_tokens_decoder().items()) if token.special}
 
@@ -34,7 +35,9 @@ class TokenizersCore:
 
     @staticmethod
     def of(tokenizer: Any) -> TokenizersCore:
-        """From a tokenizer of the package, which is copied."""
+        """From a tokenizer of the package. One that cuts or pads is copied, since ours does not."""
+        if tokenizer.truncation is None and tokenizer.padding is None:
+            return TokenizersCore(tokenizer)
         package = extras.load("tokenizers", "A fast tokenizer")
         return TokenizersCore(package.Tokenizer.from_str(tokenizer.to_str()))
 
