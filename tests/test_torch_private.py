@@ -35,6 +35,21 @@ def test_pytree_flattens_and_puts_back() -> None:
     assert private.pytree.tree_map(lambda x: x if x is None else x + 1, value) == {"a": (2, [3, None]), "b": 4}
 
 
+def test_many_tensors_are_compared_in_one_call() -> None:
+    made = [nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(4), requires_grad=False), torch.zeros(2)]
+    check = private.tensor_guards(made)
+    assert check(*made) and check(nn.Parameter(torch.ones(3, 4)), *made[1:])
+    with torch.no_grad():
+        assert check(*made)
+    made[0].data = torch.zeros(4, 3).t()  # strides do not matter
+    assert check(*made)
+    for other in (torch.zeros(3, 4), nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(3, 4), requires_grad=False), nn.Parameter(torch.zeros(3, 4).double()),
+                  nn.Parameter(torch.zeros(3, 4, device="meta"))):
+        assert not check(other, *made[1:])
+    assert not check(made[0], made[1], made[1]) and not check(None, *made[1:])
+    assert private.tensor_guards([])()
+
+
 def test_operators_tell_their_schema() -> None:
     op = torch.ops.aten.linear.default
     assert isinstance(op, private.OpOverload) and not isinstance(op, private.HigherOrderOperator)

@@ -6,7 +6,10 @@ patches of a capture are in `ir/torch_patches.py`, what they are undone with too
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
+from torch._C._dynamo.guards import TensorGuards
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.source import ConstantSource
 from torch._functorch import aot_autograd
@@ -24,7 +27,7 @@ if torch.distributed.is_available():  # some builds of torch come without it
 __all__ = ["ConstantSource", "DataDependentOutputException", "DimDynamic", "DisableTorchFunctionSubclass", "DynamicOutputShapeException", "FakeTensor",
            "FakeTensorMode", "HigherOrderOperator", "OpOverload",
            "TorchDispatchMode", "aot_autograd", "cpu_has", "default_store", "detect_fake_mode", "dynamo_config", "foreach_copy_", "foreach_lerp_", "foreach_mul", "foreach_mul_",
-           "foreach_norm", "fused_adamw_", "has_kernel", "in_backward", "make_fx", "make_wrapper_subclass", "pytree", "set_grad_enabled"]
+           "foreach_norm", "fused_adamw_", "has_kernel", "in_backward", "make_fx", "make_wrapper_subclass", "pytree", "set_grad_enabled", "tensor_guards"]
 
 make_wrapper_subclass = torch.Tensor._make_wrapper_subclass
 DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
@@ -34,6 +37,12 @@ foreach_copy_, foreach_lerp_, foreach_mul, foreach_mul_, foreach_norm = (
 fused_adamw_ = torch._fused_adamw_
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 """`has_kernel("aten::linear", "CompositeImplicitAutograd")`: whether an operator has a kernel of its own for a dispatch key."""
+
+
+def tensor_guards(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
+    """`check(*others)`: whether tensors, as many, have in each place the type, dtype, device, shape and `requires_grad` of these, in the
+    present autocast and inference modes, and no tensor is there twice. In one call, of 0.1 microseconds for each tensor."""
+    return TensorGuards(*tensors, dynamic_dims_sizes=[list(t.shape) for t in tensors], dynamic_dims_strides=[[None] * t.dim() for t in tensors]).check
 
 
 def in_backward() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -60,6 +61,52 @@ def test_a_change_of_parameters_is_seen(change: Callable[[nn.Module], None]) -> 
     assert after != before and watched.parameters() is after
     assert after.values == [(p.requires_grad, p.dtype, p.shape) for p in made.parameters()]
     assert Watched(made).parameters() == after and hash(Watched(made).parameters()) == hash(after)
+
+
+def tied() -> nn.Module:
+    made = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Dropout(0.1), nn.Linear(3, 3))
+    made[2].weight = made[0].weight
+    return made
+
+
+def test_tied_parameters_are_one_until_they_are_not() -> None:
+    made = tied()
+    watched = Watched(made)
+    before = watched.parameters()
+    assert watched.parameters() is before
+    made[2].weight = nn.Parameter(made[0].weight.detach().clone())
+    assert watched.parameters() is before  # of the same kind
+    made[2].weight.requires_grad_(False)
+    assert watched.parameters() != before and watched.parameters().values == [(p.requires_grad, p.dtype, p.shape) for p in made.parameters()]
+    made[2].weight = made[0].weight
+    assert watched.parameters() == before
+    made[0].weight.requires_grad_(False)
+    assert [kind[0] for kind in watched.parameters().values] == [False, False, True]
+
+
+@pytest.mark.parametrize("state", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["no_grad", "inference", "autocast"])
+def test_what_a_call_is_inside_of_is_no_change_of_parameters(state: Callable[[], contextlib.AbstractContextManager[object]]) -> None:
+    made = model()
+    watched = Watched(made)
+    before = watched.parameters()
+    with state():
+        assert watched.parameters() is before
+        made[0].weight.requires_grad_(False)
+        assert watched.parameters() != before
+        made[0].weight.requires_grad_(True)
+        assert watched.parameters() == before
+
+
+def test_a_replaced_module_and_a_hook_are_seen() -> None:
+    made = model()
+    watched, said = Watched(made, "1"), []
+    assert watched.stale() == ""
+    watched.hooks(said.append)
+    made[2].register_forward_hook(lambda *_: None)
+    watched.hooks(said.append)
+    assert len(said) == 1 and "hooks of 2" in said[0]
+    made[2] = nn.Linear(4, 2)
+    assert watched.stale() == "2"
 
 
 def test_values_do_not_matter_but_attributes_do() -> None:

@@ -72,7 +72,8 @@ class RootDispatcher(WholeDispatcher):
             self._prepare(call)
 
     def _prepare(self, call: Call) -> None:
-        self.refresh()
+        if self.parts is not None:
+            self.refresh()
         known = self.in_parts.get(self.key(call)[:-1]) if self.parts is not None else None
         if known is not None:
             self.example = Call(call.spec, call.leaves, tuple(t.detach() for t in call.tensors))

@@ -189,8 +189,10 @@ class Dispatcher(Checking):
             last = last_assuming(self.passes)
             entry.begun = self.passes, pipelines.run(Pipeline(tuple(self.passes)[:last]), entry.raw) if last else entry.raw
             entry.assumptions = entry.begun[1].assumptions
-        index = {node.name: i for i, node in enumerate(entry.raw.placeholders)}
-        assuming = bool(entry.assumptions) and all(a.holds(call.tensors[index[a.leaf]]) for a in entry.assumptions)
+        assuming = False
+        if entry.assumptions:  # else the nodes of the graph are not walked through: this is on the way of every call
+            index = {node.name: i for i, node in enumerate(entry.raw.placeholders)}
+            assuming = all(a.holds(call.tensors[index[a.leaf]]) for a in entry.assumptions)
         found = entry.assuming if assuming else entry.plain
         if found is None:
             with self.weights.stand_ins():

@@ -39,7 +39,9 @@ class Call:
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """Flatten a call. Dataclasses are opened; other objects that pytree does not know stay leaves (constants)."""
-        flat, spec = pytree.tree_flatten(opened((args, dict(kwargs)), only=dataclasses.is_dataclass))
+        flat, spec = pytree.tree_flatten((args, dict(kwargs)))
+        if any(map(dataclasses.is_dataclass, flat)):
+            flat, spec = pytree.tree_flatten(opened((args, dict(kwargs)), only=dataclasses.is_dataclass))
         leaves = tuple(None if isinstance(x, torch.Tensor) else (x,) for x in flat)
         return cls(spec, leaves, tuple(x for x in flat if isinstance(x, torch.Tensor)))
 
