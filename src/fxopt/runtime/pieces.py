@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from fxopt.ir.regions import Schedule, repeated_blocks
 from fxopt.runtime.binding import locate
@@ -167,6 +168,11 @@ class Unit:
         """See `Flat`."""
         for flat in self.flats:
             flat.release()
+
+    def end(self) -> None:
+        """Give the memory back, and let autograd, and outputs that are yet to be computed, know that the values are gone."""
+        self.release()
+        increment_version([member.whole for member in self.members])
 
     @property
     def gathered(self) -> bool:

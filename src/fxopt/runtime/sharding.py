@@ -207,6 +207,7 @@ class Sharding(Unsharded):
             self._end(self.current)
             self.current = None
         self._end(self.root)
+        self.root.end()  # only now: an earlier call's backward may come later, and a block may be called twice
 
     def synchronize(self) -> None:
         """A step's last backward is over: a gradient is None if it is None on all ranks. On all ranks."""
@@ -235,7 +236,7 @@ class Sharding(Unsharded):
                     else:
                         member.held = value
                     member.put(member.held)
-            unit.release()
+            unit.end()
 
     def detach(self) -> None:
         """Take the hooks off. Exchanges nothing."""

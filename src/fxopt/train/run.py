@@ -104,6 +104,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.device = device_of(self.task.module)
+        self.settled = False  # nothing that a rank may ask for has run since the ranks agreed
         self.exhausted = False
 
     def done(self) -> bool:
@@ -241,6 +242,8 @@ class Run:
         reason, norm = "", math.nan
         if not self.task.manual:
             finite = self.scaler.unscale_(self.parameters) if self.scaler is not None else True
+            if self.scaler is not None and self.strategy.lockstep:  # each rank has looked at its own pieces
+                finite = not any(self.strategy.reduce([float(not finite)]))
             self.events(Callback.on_backward_end, state)
             norm = self._clip()
             reason = self.guard.judge(state.step + 1, losses, loss, [rank for rank, value in enumerate(bad) if value], norm, self.task.module, state.batch, self.scaler is not None,
@@ -292,6 +295,7 @@ class Run:
         state = self.state
         if state.world > 1:
             self._agree()
+            self.settled = not self.events.wanted["on_log"] and (self.saver is None or not self.saver.policy.best)
         own, state.logged = state.logged, {}
         row = {"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm, "tokens": step.tokens, "items": step.items}
         rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -322,6 +326,7 @@ class Run:
     def validate(self) -> None:
         """A validation, whose row is logged. Training goes on as if there had been none."""
         assert self.validation is not None
+        self.settled = False
         self.validated_at = self.state.step
         row = evaluate(self.task, self.model, self.validation, "validate", self.state, self.events, self.plan.limit_validate, self.autocast,
                        self.strategy)
@@ -329,7 +334,7 @@ class Run:
 
     def pause(self) -> None:
         """The only places where a checkpoint is written, or a signal is obeyed."""
-        if not self.state.micro or self.state.world == 1:
+        if self.state.world == 1 or not self.state.micro and not self.settled:
             self._agree()
         if self.saver is not None:
             self.saver.between(self)
@@ -351,7 +356,7 @@ class Run:
             raise DataError(f"The data gave no batch to train on after step {state.step} of {state.steps}.",
                             do="Give data that can be passed over again (a list or a DataLoader, no iterator), with labels.")
         state.epoch, state.batch, state.closing = state.epoch + 1, 0, True
-        self.resumed = False
+        self.resumed = self.settled = False
         if self.validation is not None and self.plan.validate_every is None:
             self.validate()
         own = self.means.results(self.strategy)

@@ -81,7 +81,7 @@ class FSDP(DDP):
         for unit in self.sharding.units:
             unit.gather()
             yield from ((named[id(member.held)], member.whole.detach()) for member in unit.members)
-            unit.release()
+            unit.end()
 
     def end(self, model: nn.Module) -> None:
         """See `Strategy`."""
@@ -135,26 +135,29 @@ class FSDP(DDP):
 
         return {**state, "state": {number: {name: marked(number, value) for name, value in entry.items()} for number, entry in state["state"].items()}}
 
-    def load_optimizer(self, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
         """See `Strategy`.
 
         Raises:
             DataError: the state of a whole parameter (averages of 8 bits, in blocks) that is not laid out like it.
         """
         numbered = self._numbered(optimizer)
+        # numbers, such as the count of steps: without a dimension, though the parameter has some
+        counts = {"step"} | {name for number, entry in state["state"].items() for name, value in entry.items()
+                             if isinstance(value, Tensor) and not value.dim() and len(numbered[int(number)][1].shape)}
 
         def mine(number: int, name: str, value: Any) -> Any:
             flat, member = numbered[number]
             if isinstance(value, Spread):
                 return value.of(self.rank, self.world) if value.shape is None else value.read(*flat.bounds(member))
-            if not isinstance(value, Tensor) or not value.dim():
+            if not isinstance(value, Tensor) or name in counts:
                 return value
             if value.shape != member.shape:
                 raise DataError(f"{name} of {member.name} is {list(value.shape)}, and the parameter {list(member.shape)}: it cannot be cut into pieces.", where="the optimizer's state",
                                 do="Resume with the checkpoint's strategy, or train with averages of 32 bits.")
             return value.reshape(-1)[slice(*flat.bounds(member))]
 
-        optimizer.load_state_dict({**saved, "state": {number: {name: mine(int(number), name, value) for name, value in entry.items()} for number, entry in saved["state"].items()}})
+        optimizer.load_state_dict({**state, "state": {number: {name: mine(int(number), name, value) for name, value in entry.items()} for number, entry in state["state"].items()}})
 
     def _numbered(self, optimizer: torch.optim.Optimizer) -> dict[int, Any]:
         assert self.sharding is not None
