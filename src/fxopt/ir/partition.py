@@ -43,6 +43,7 @@ class Split:
         recomputed: names of the nodes that the backward computes again.
         tiled: names of the nodes of the backward that run for some rows at a time.
         compressed: names of the values of the forward that are saved as codes and scales (ir/compress.py).
+        offloaded: positions among the saved values of those that wait in host memory (ir/offload.py).
         n_inputs: how many of the primals are the region's inputs; the rest is its state.
     """
 
@@ -57,6 +58,7 @@ class Split:
     recomputed: tuple[str, ...] = ()
     tiled: tuple[str, ...] = ()
     compressed: tuple[str, ...] = ()
+    offloaded: tuple[int, ...] = ()
     n_inputs: int = 0
 
 

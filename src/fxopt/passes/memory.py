@@ -16,8 +16,8 @@ class Memory(Pass):
     """keep a training step within a budget of bytes
 
     What each region saves for its backward is planned for the sizes of each call, so that the step stays within the budget and
-    takes least time: keep, recompute what is pointwise, recompute products. No product is computed twice while the budget can be met
-    without. Random operations are never repeated: what they drew is kept. A call that cannot be held is refused, with
+    takes least time: keep, recompute what is pointwise, recompute products, and on a device with memory of its own wait on the host
+    (`ir/offload.py`: exact, the values of two regions in transfer at a time). No product is computed twice while the budget can be met without. Random operations are never repeated: what they drew is kept. A call that cannot be held is refused, with
     the smallest budget that could.
 
     With `compress`, saved values may also be kept in 8 bits (`ir/compress.py`: which, and how far they are off): where the budget cannot be kept

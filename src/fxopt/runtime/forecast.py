@@ -20,7 +20,7 @@ from fxopt.ir.partition import Split
 from fxopt.ir.program import Program
 from fxopt.runtime import dry_run, saving
 from fxopt.runtime.binding import Binding
-from fxopt.runtime.machine import present
+from fxopt.runtime.machine import of
 from fxopt.runtime.plan import OPTIMIZERS, Plan, Planner, concrete
 from fxopt.runtime.region import RegionRunner
 from fxopt.runtime.timeline import Resident
@@ -132,7 +132,7 @@ def forecast(program: Program, blocks: Iterable[str], shapes: Shapes, guards: An
     schedule = regions.cut(program, blocks)
     binding = Binding(model, program, schedule, saving.of(program), {} if runners is None else runners)
     budget = next((fact for fact in program.facts if isinstance(fact, Budget)), None)
-    planner = _Unbound(binding, budget, present(), optimizer)
+    planner = _Unbound(binding, budget, of(program), optimizer)
     plan = planner.plan(shapes, (False,) * len(shapes))
     parts, saved = _parts(binding, plan)
     return Forecast(plan, parts, _work([(region, runner.inference) for region, runner, *_ in binding.steps], numbers(guards.bind(shapes), shapes)), saved)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.fx as fx
 
 from fxopt.ir.compress import Compressed
 from fxopt.ir.joint import Joint
+from fxopt.ir.offload import LEAST, Offloaded
 from fxopt.ir.partition import MinCut, Policy, Split, classify, heavy, min_cut, save_all, value_bytes
 from fxopt.ir.tiling import Tiling
 from fxopt.runtime.dry_run import Ran, Value, run
@@ -30,6 +31,7 @@ class Level:
         kept: the pieces of memory that the forward leaves for the backward.
         again: names of the heavy nodes that the backward computes again.
         seconds: predicted, forward and backward.
+        gone: positions of the saved values whose memory waits on the host in the meantime; `offloaded`: its bytes.
     """
 
     policy: Policy
@@ -39,11 +41,14 @@ class Level:
     kept: tuple[Value, ...]
     again: tuple[str, ...]
     seconds: float
+    gone: frozenset[int] = frozenset()
+    offloaded: int = 0
 
     def option(self, inputs: Sequence[str], dead: Sequence[str]) -> Option:
-        """The same for the solver. An input counts as kept where nobody reads it after the region (`dead`): else it is there anyway."""
+        """The same for the solver. An input counts as kept where nobody reads it after the region (`dead`): else it is there anyway.
+        What leaves for the host is still there while the next region runs, and comes back while the one behind it does: regions are taken as alike."""
         kept = sum(v.size for v in self.kept if v.source < 0 or (v.source < len(inputs) and inputs[v.source] in dead))
-        return Option(kept, self.forward.peak, self.backward.peak if self.backward is not None else 0, self.seconds)
+        return Option(kept, self.forward.peak + self.offloaded, (self.backward.peak if self.backward is not None else 0) + 2 * self.offloaded, self.seconds)
 
 
 def dry(plan: Split, policy: Policy, machine: Machine, size: Callable[[Any], int]) -> Level:
@@ -55,6 +60,18 @@ def dry(plan: Split, policy: Policy, machine: Machine, size: Callable[[Any], int
     allowed = getattr(policy, "allowed", frozenset())
     again = tuple(name for name in plan.recomputed if name in allowed)
     return Level(policy, plan, forward, backward, tuple(kept.values()), again, seconds)
+
+
+def away(base: Level, plan: Split, policy: Policy, machine: Machine) -> Level:
+    """A level with what `plan` allows on the host. Transfers go on beside the computation, once in each direction; of the rate of the device's
+    memory they take their share."""
+    saved = base.forward.outputs[plan.n_outputs + len(plan.mutated):]
+    gone = frozenset(i for i in plan.offloaded if saved[i].size >= LEAST)
+    kept = {value.source: value for i, value in enumerate(saved) if value.source is not None and i not in gone}
+    offloaded = sum({saved[i].source: saved[i].size for i in gone}.values())
+    times = [machine.seconds(ran.work) for ran in (base.forward, base.backward) if ran is not None]
+    seconds = sum(max(time, offloaded / machine.host) for time in times) + 2 * offloaded / machine.bytes
+    return replace(base, policy=policy, split=plan, kept=tuple(kept.values()), seconds=seconds, gone=gone, offloaded=offloaded)
 
 
 class Levels:
@@ -74,17 +91,21 @@ class Levels:
         key = policy, sizes
         if key not in self.seen:
             plan = self.runner.compile(self.requires_grad, self.autocast, policy).split
-            self.seen[key] = dry(plan, policy, self.machine, size)
+            if isinstance(policy, Offloaded):
+                self.seen[key] = away(self.level(policy.base, size, sizes), plan, policy, self.machine)
+            else:
+                self.seen[key] = dry(plan, policy, self.machine, size)
         return self.seen[key]
 
     def all(self, size: Callable[[Any], int], sizes: Any) -> list[Level]:
-        """Every level that is exact."""
+        """Every level that is exact. Those with values on the host only on a device that has memory of its own."""
         if self._policies is None:
             joint, _ = self.runner.joint(self.requires_grad, self.autocast)
             forward = self.level(min_cut, size, sizes).forward
             cuts = chain(joint, {name: self.machine.seconds(work) for name, work in forward.nodes.items()})
-            tiled = [Tiling(cuts[-1], dim) for dim in (0, 1)]
-            self._policies = [save_all, *cuts, *(p for p in tiled if self.runner.compile(self.requires_grad, self.autocast, p).split.tiled)]
+            tiled = [p for p in (Tiling(cuts[-1], dim) for dim in (0, 1)) if self.runner.compile(self.requires_grad, self.autocast, p).split.tiled]
+            away = [Offloaded(p, inputs) for p in dict.fromkeys((cuts[0], cuts[len(cuts) // 2], cuts[-1], *tiled)) for inputs in (True, False)]
+            self._policies = [save_all, *cuts, *tiled, *(away if self.machine.host else ())]
         return [self.level(policy, size, sizes) for policy in self._policies]
 
     def compressed(self, size: Callable[[Any], int], sizes: Any) -> list[Level]:

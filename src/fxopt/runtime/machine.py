@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from fxopt.ir import meta
+from fxopt.ir.program import Program
 from fxopt.runtime.dry_run import Work
 
 PRODUCT = 512  # rows and columns of the matrix products that are timed, at least
@@ -24,12 +26,14 @@ class Machine:
         bytes: read and written a second by operations on tensors larger than the caches.
         near: the same for tensors that fit into the caches.
         call: seconds that an operation costs beside.
+        host: bytes a second from the device's memory to the host's, beside other work; 0 where they are one memory.
     """
 
     flops: dict[str, float]
     bytes: float
     near: float
     call: float
+    host: float = 0.0
 
     def seconds(self, work: Work) -> float:
         """Time of some operations: products at their rate, others by the bytes that they move, and a cost of each call."""
@@ -82,9 +86,20 @@ def measured(device: str = "cpu", threads: int | None = None, seconds: float = 0
         near = 2 * x.numel() * x.element_size() / timed(lambda: torch.mul(x, 2.0, out=y))
         small = torch.ones(8, device=device)
         call = timed(lambda: small + small)
-    return Machine(flops, moved, near, call)
+        host = 0.0
+        if device == "cuda":
+            y = torch.empty(1 << 23, dtype=torch.float32, pin_memory=True)
+            x = drawn(1 << 23)
+            host = x.numel() * x.element_size() / timed(lambda: y.copy_(x, non_blocking=True))
+    return Machine(flops, moved, near, call, host)
 
 
 def present(device: str = "cpu") -> Machine:
-    """The machine with its present number of threads; measured at the first call."""
+    """A device ("cpu" or "cuda") with its present number of threads; measured at the first call."""
     return measured(device, torch.get_num_threads())
+
+
+def of(program: Program) -> Machine:
+    """The machine that a program was captured for: that of its inputs."""
+    devices = (value.device.type for node in program.placeholders if (value := meta.tensor(node)) is not None)
+    return present(next(devices, "cpu"))

@@ -17,7 +17,7 @@ from fxopt.ir.partition import Policy, min_cut, save_all
 from fxopt.ir.regions import differentiable_outputs
 from fxopt.kernels.live_rows import most
 from fxopt.runtime.levels import Level, Levels
-from fxopt.runtime.machine import Machine, present
+from fxopt.runtime.machine import Machine, of
 from fxopt.runtime.solver import Option, smallest, solve
 from fxopt.runtime.timeline import Peak, Resident, Stage, Timeline
 
@@ -58,6 +58,9 @@ class Plan:
         for names, paths in again.items():
             if names:
                 lines.append(f"  computed again in {len(paths)} of {len(self.paths)} regions ({paths[0]}, ...): {', '.join(names)}")
+        away = [(path or "between the blocks", level.offloaded) for path, level in zip(self.paths, self.levels) if level.offloaded]
+        if away:
+            lines.append(f"  {size(sum(bytes_ for _, bytes_ in away))} wait on the host, of {len(away)} of {len(self.paths)} regions ({away[0][0]}, ...)")
         small = [path or "between the blocks" for path, level in zip(self.paths, self.levels) if level.split.compressed]
         if small:
             lines.append(f"  kept in 8 bits in {len(small)} of {len(self.paths)} regions ({small[0]}, ...): gradients are approximate")
@@ -83,7 +86,7 @@ class Planner:
     def __init__(self, binding: Binding, budget: Budget | None = None, machine: Machine | None = None, optimizer: str | None = None) -> None:
         self.binding, self.budget = binding, budget
         self.optimizer = optimizer or (budget.optimizer if budget is not None else "adamw")
-        self.machine = machine or present()
+        self.machine = machine or of(binding.program)
         self.levels: dict[Any, Levels] = {}
 
     def plan(self, shapes: tuple[tuple[int, ...], ...], requires_grad: Sequence[bool], autocast: torch.dtype | None = None, gradients: int = 0) -> Plan:
@@ -141,7 +144,8 @@ class Planner:
         return Resident(weights, int(trainable * OPTIMIZERS[self.optimizer]), inputs, gradients)
 
     def _timeline(self, chosen: Sequence[Level], resident: Resident) -> Timeline:
-        stages = [Stage(region.path, region.inputs, region.state, region.outputs, level.split, level.forward, level.backward, tuple(dead), bool(runner.quiet))
+        stages = [Stage(region.path, region.inputs, region.state, region.outputs, level.split, level.forward, level.backward, tuple(dead), bool(runner.quiet), level.gone,
+                        level.offloaded)
                   for (region, runner, *_), dead, level in zip(self.binding.steps, self.binding.dead_after, chosen)]
         return Timeline(stages, resident)
 

@@ -16,11 +16,13 @@ from fxopt.ir import joint as joints
 from fxopt.ir import meta
 from fxopt.ir.compress import Compressed
 from fxopt.ir.edit import effectful
+from fxopt.ir.offload import Offloaded
 from fxopt.ir.partition import Policy, Split, split
 from fxopt.ir.regions import Region, differentiable_outputs, influences
 from fxopt.ir.reuse import reuse
 from fxopt.ir.tiling import Tiling
 from fxopt.kernels.catalog import CATALOG
+from fxopt.runtime.offload import send
 
 log = logging.getLogger("fxopt")
 _OPERANDS = {kernel.overload: kernel.rows for op in CATALOG for kernel in op.kernels if kernel.rows is not None}
@@ -121,6 +123,9 @@ class RegionRunner:
         """The graphs for arguments of which these require a gradient, with the saved values that the policy chooses."""
         key = requires_grad, self.quiet, autocast, policy
         found = self.compiled.get(key)
+        if found is None and isinstance(policy, Offloaded):  # the base's graphs
+            base = self.compile(requires_grad, autocast, policy.base)
+            found = self.compiled[key] = Compiled(policy.apply(base.split), base.differentiable)
         if found is None:
             traced, differentiable = self.joint(requires_grad, autocast)
             plan = split(traced, policy)
@@ -181,6 +186,9 @@ class _RegionFunction(torch.autograd.Function):
                     saved[k] = value.clone()  # the backward wants the value from before the write
             args[index].copy_(new)
         ctx.runner, ctx.compiled = runner, compiled
+        ctx.packet, ctx.away = send(saved, plan.offloaded)
+        for k in ctx.away:
+            saved[k] = None
         ctx.plain = [None if isinstance(v, torch.Tensor) else (v,) for v in saved]
         keep = [v for v in saved if isinstance(v, torch.Tensor)]
         ctx.n_saved = len(keep)
@@ -212,6 +220,9 @@ class _RegionFunction(torch.autograd.Function):
             return (None,) * (2 + ctx.n_args)
         values = iter(tensors[: ctx.n_saved])
         saved = [next(values) if p is None else p[0] for p in ctx.plain]
+        if ctx.packet is not None:
+            for k, value in zip(ctx.away, ctx.packet.take()):
+                saved[k] = value
         del tensors, values
         wanted = [_as_traced(tangents[i], ctx.layouts[i]) for i in plan.tangents]
         grads = _execute(plan.backward, (*saved, *wanted), ctx.runner, "backward")

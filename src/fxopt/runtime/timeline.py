@@ -25,6 +25,8 @@ class Stage:
         forward, backward: their dry runs.
         dead: values that nobody reads after it in the forward.
         holds_inputs: its arguments stay alive for its backward whatever it saves.
+        gone: positions of saved values whose memory waits on the host; offloaded: its bytes. It is still there while the next region runs
+            forward, and comes back while the next one runs backward.
     """
 
     path: str | None
@@ -36,6 +38,8 @@ class Stage:
     backward: Ran | None
     dead: tuple[str, ...] = ()
     holds_inputs: bool = False
+    gone: frozenset[int] = frozenset()
+    offloaded: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,12 +94,21 @@ class Timeline:
         self.kept = set(kept)
         self.gradients: dict[str, int] = {}  # of values, while the backward runs
         self.of_parameters: dict[str, int] = {}
+        self.moving = 0  # bytes on their way to or from the host
         self.behind = [0] * len(stages)  # bytes of gradients when the backward of each region begins
         self.peak = Peak(resident.total, "the model", "forward", "", {"weights": resident.weights, "optimizer": resident.optimizer, "inputs": resident.inputs,
                                                                    "gradients": resident.gradients})
-        held = [self._forward(at, stage) for at, stage in enumerate(stages)]
+        held = []
+        for at, stage in enumerate(stages):
+            held.append(self._forward(at, stage))
+            self.moving = stage.offloaded or self.moving  # the device lets go of it when the next region sends something, or at the first that comes back
+        sent = [stage.offloaded for stage in stages if stage.offloaded]
         for at in reversed(range(len(stages))):
+            if stages[at].offloaded:
+                self.moving = sent.pop() + (sent[-1] if sent else 0)
             self._backward(at, stages[at], held[at])
+            if stages[at].offloaded:
+                self.moving = sent[-1] if sent else 0
 
     def _hold(self, key: object, size: int) -> None:
         self.sizes[key] = size
@@ -110,10 +123,10 @@ class Timeline:
     def _see(self, stage: Stage, phase: str, ran: Ran) -> None:
         resident, activations = self.resident, sum(self.sizes.values())
         between, own = sum(self.gradients.values()), sum(self.of_parameters.values())
-        total = resident.total + activations + between + own + ran.peak
+        total = resident.total + activations + between + own + ran.peak + self.moving
         if total > self.peak.total:
             parts = {"weights": resident.weights, "optimizer": resident.optimizer, "inputs": resident.inputs, "gradients": resident.gradients + own,
-                     "activations": activations, "gradients of activations": between, "inside the region": ran.peak}
+                     "activations": activations, "gradients of activations": between, "inside the region": ran.peak, "to or from the host": self.moving}
             self.peak = Peak(total, stage.path or "between the blocks", phase, ran.node, parts)
 
     def _forward(self, at: int, stage: Stage) -> list[object]:
@@ -127,7 +140,8 @@ class Timeline:
             self.place_of[name] = key
             if key is not None:
                 self._hold(key, self.sizes.get(key, value.size))
-        held = {key: value.size for value, key in zip(stage.forward.outputs[count + mutated:], keys[count + mutated:]) if key is not None}
+        saved = enumerate(zip(stage.forward.outputs[count + mutated:], keys[count + mutated:]))
+        held = {key: value.size for i, (value, key) in saved if key is not None and i not in stage.gone}
         if stage.holds_inputs:
             held.update({key: self.sizes[key] for key in arguments if key in self.sizes})
         for key, size in held.items():
