@@ -114,6 +114,18 @@ def test_ranks_that_do_not_meet() -> None:
     assert "did not meet" in found[0].error and found[0].seconds < BOUND
 
 
+@pytest.mark.slow
+def test_a_rank_that_is_gone_between_two_runs_is_named() -> None:
+    def ranks(rank: int) -> None:
+        fit(Net(), batches(4), epochs=1, progress=False)
+        if rank:
+            os._exit(5)  # what an interpreter that ends says to others, this does not
+        fit(Net(), batches(4), epochs=1, progress=False)
+
+    found = outcomes(2, ranks)
+    assert found[1].code == 5 and "Rank 1 was lost" in found[0].error and found[0].seconds < BOUND
+
+
 def test_a_group_that_is_there_is_taken_and_left() -> None:
     def ranks(rank: int) -> list[int]:
         dist.init_process_group("gloo")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fxopt.errors import ProcessError
@@ -82,14 +82,13 @@ class Monitor:
     def explain(self, error: BaseException) -> ProcessError:
         """An exchange broke: says which rank is to blame. Takes up to `_PATIENCE` seconds, for what a killed process no longer says."""
         limit, others = time.monotonic() + _PATIENCE, [rank for rank in range(self.world) if rank != self.rank]
-        keys = [self._beat(rank) for rank in others]
         store = self.store
         try:
-            before = store.multi_get(keys)
+            before = self._beats(store, others)
             while self.failure is None and time.monotonic() < limit and not store.check([_FAILED]):
                 time.sleep(0.05)
             if self.failure is None and not store.check([_FAILED]):
-                silent = [rank for rank, old, new in zip(others, before, store.multi_get(keys), strict=True) if old == new]
+                silent = [rank for rank, old, new in zip(others, before, self._beats(store, others), strict=True) if old == new]
                 if silent:
                     self._tell(store, f"{silent[0]}:was lost: its process has ended without a word (killed, out of memory, or its machine is gone)")
             if self.failure is None and store.check([_FAILED]):
@@ -98,6 +97,10 @@ class Monitor:
             self._found("0:was lost, and with it the store through which the processes met")
         return self.error() or ProcessError(f"The exchange between the processes failed: {str(error).splitlines()[0]}", where=f"rank {self.rank} of {self.world}",
                                             do="All processes are alive: look at the network between them.")
+
+    def _beats(self, store: Any, ranks: Sequence[int]) -> list[bytes]:
+        """The last signs of life; of a rank that has given none, nothing (reading a key that is not there would wait for it)."""
+        return [store.get(self._beat(rank)) if store.check([self._beat(rank)]) else b"" for rank in ranks]
 
     def error(self) -> ProcessError | None:
         """What must be raised because another rank has failed; None if none has."""
