@@ -23,8 +23,9 @@ def pieces(sample: Encoded, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     were put around a text have their own text."""
     found: list[tuple[str, bool]] = []
     place = sample.ranges[0][0] if sample.ranges else 0
+    special = set(tokenizer.core.special.values())
     for i, (number, learned, (start, end)) in enumerate(zip(sample.ids, sample.learned, sample.ranges, strict=True)):
-        if start == end and i in (0, len(sample.ids) - 1):
+        if start == end and number in special:
             found.append((tokenizer.decode([number]), learned))
             continue
         shared = i + 1 < len(sample.ranges) and sample.ranges[i + 1][1] == end and sample.ranges[i + 1][0] < end

@@ -11,12 +11,17 @@ from fxopt.data import extras
 from fxopt.errors import DataError
 
 
+# The fields of a serialized ModelProto may come in pieces, of which the last wins: normalizer_spec (field 3) {add_dummy_prefix (3): false}.
+# https://protobuf.dev/programming-guides/encoding/#last-one-wins, sentencepiece_model.proto
+_NO_PREFIX = b"\x1a\x02\x18\x00"
+
+
 class SentencePieceCore:
     """A sentencepiece model: see `fxopt.data.tokenizer.Core`.
 
     The model itself never reads control symbols (`</s>`) in a text. Here they and the added tokens of tokenizer_config.json are cut out of
-    the text first; only the text before the first of them gets the space that models put before a text, as in Transformers'
-    `legacy=False`.
+    the text first. Only text before the first of them gets the space that models put before a text; with `legacy: true` in that file
+    all pieces get it, as in Transformers.
 
     Args:
         config: of tokenizer_config.json.
@@ -26,8 +31,7 @@ class SentencePieceCore:
     """
 
     def __init__(self, file: Path, config: Mapping[str, Any]) -> None:
-        self._model, self._inner = _read(file), _read(file)
-        self._inner.override_normalizer_spec(add_dummy_prefix=False)
+        self._model, self._inner = _read(file), _read(file, b"" if config.get("legacy") else _NO_PREFIX)
         model = self._model
         special = {model.id_to_piece(i): i for i in range(model.get_piece_size()) if model.is_control(i) or model.is_unknown(i)}
         tokens = {int(number): token for number, token in config.get("added_tokens_decoder", {}).items()}
@@ -61,13 +65,9 @@ class SentencePieceCore:
                 ids.append(self._recognised[piece])
                 ranges.append((place, place + len(piece)))
             elif piece:
-                found = (self._inner if number else self._model).encode(piece, out_type="immutable_proto")
-                last = 0
-                for token in found.pieces:
-                    ids.append(token.id)
-                    end = max(token.end, last)
-                    ranges.append((place + min(token.begin, last), place + end))  # bytes of one character share its range
-                    last = end
+                found = (self._inner if number else self._model).encode_as_offset_mapping(piece)
+                ids += found["ids"]
+                ranges += [(place + start, place + end) for start, end in found["offsets"]]
             place += len(piece)
         return ids, ranges
 
@@ -94,9 +94,10 @@ class SentencePieceCore:
         return max(self._model.get_piece_size(), *(number + 1 for number in self._added), 0)
 
 
-def _read(file: Path) -> Any:
+def _read(file: Path, more: bytes = b"") -> Any:
+    """The model of a file, with more fields."""
     package = extras.load("sentencepiece", "A sentencepiece model")
     try:
-        return package.SentencePieceProcessor(model_file=str(file))
+        return package.SentencePieceProcessor(model_proto=file.read_bytes() + more)
     except (RuntimeError, OSError) as error:
         raise DataError(f"The file is no sentencepiece model: {error}", where=str(file)) from error
