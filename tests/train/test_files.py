@@ -156,6 +156,9 @@ def test_fxopt_train(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "steps 4, epochs 1" in out and "checkpoint: out/checkpoints/step-00000004-epoch-0001" in out and "val_loss" in out
     assert main(["train", "run.yaml", "trainer.output_dir=out"]) == 3 and "holds the checkpoints" in capsys.readouterr().err
     assert main(["train", "run.yaml", "trainer.output_dir=out", "--resume"]) == 0 and "steps 8, epochs 2" in capsys.readouterr().out
+    assert main(["train", "run.yaml", "trainer.output_dir=out", "--resume", "--tune"]) == 2
+    assert main(["train", "run.yaml", "trainer.output_dir=tuned", "trainer.epochs=1", "--tune"]) == 0
+    assert "learning rate" in capsys.readouterr().err and (Path("tuned") / "rate.html").is_file()
     assert main(["train", "none.yaml"]) == 2
     assert main(["train", "run.yaml", "trainer.loggers=[{kind: Nope}]"]) == 2
 

@@ -19,6 +19,7 @@ def add(commands: Any) -> None:
     train.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="settings that win over the file, such as trainer.lr=1e-4")
     train.add_argument("--print-config", action="store_true", help="print the whole configuration, defaults included, and stop")
     train.add_argument("--resume", action="store_true", help="go on with the newest checkpoint, if there is one")
+    train.add_argument("--tune", action="store_true", help="first find batch size, learning rate and number of workers by trial runs, and train with them")
     train.set_defaults(run=_run)
 
 
@@ -34,6 +35,8 @@ def _run(arguments: argparse.Namespace) -> str:
         raise UsageError(error.what, where=error.where, do=error.do) from error
     if arguments.print_config:
         return configs.text(config)
+    if arguments.tune and (arguments.resume or config.resume or config.processes != 1):
+        raise UsageError("--tune is for a run of one process that begins anew", do="leave out --resume and `processes`, or tune first and write what it finds into the file")
     found = place()
     if config.processes != 1 and found is None:
         again = [sys.executable, "-m", "fxopt", "train", arguments.config, *arguments.overrides, *(["--resume"] if arguments.resume else [])]
@@ -52,7 +55,12 @@ def _run(arguments: argparse.Namespace) -> str:
 
         model = optimize(model.train(), config.passes, inputs=kwargs if kwargs and not args else args)
     config.trainer.loggers = [_logger(entry, config.trainer.output_dir) for entry in config.trainer.loggers]
-    result = config.trainer.fit(model, train, val, resume=(config.resume or arguments.resume) and config.trainer.output_dir is not None)
+    trainer = config.trainer
+    if arguments.tune:
+        tuned = trainer.tune(model, train)
+        print(tuned, file=sys.stderr)
+        trainer = tuned.trainer
+    result = trainer.fit(model, train, val, resume=(config.resume or arguments.resume) and config.trainer.output_dir is not None)
     if found is not None and found.rank:
         return ""  # rank 0 says it
     lines = [summary(model, measured=result.peak_memory), "", f"steps {result.first_step + len(result.steps)}, epochs {result.epochs}" + (f"; {result.why}" if result.why else "")]

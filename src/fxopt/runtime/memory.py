@@ -48,6 +48,18 @@ def resident_bytes() -> int | None:
     return _status("VmRSS")
 
 
+def available_bytes(device: torch.device | None = None) -> int | None:
+    """What may still be allocated: on a CUDA device what is free and what the allocator holds unused; else the system's estimate for
+    new programs. None where the system does not tell."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
 def _status(field: str) -> int | None:
     try:
         lines = _STATUS.read_text().splitlines()

@@ -84,6 +84,18 @@ def isolated(seed: int | None = None) -> Iterator[None]:
         _set(before)
 
 
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Inside, if it is wanted, torch uses only algorithms that give equal bits each time."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 class Stream:
     """A random state of its own for code that draws from the global generators: inside `with stream:` they continue where the
     last block ended. 0.2 ms a block, most of it numpy's."""

@@ -12,7 +12,7 @@ from fxopt.runtime.files import replace_file
 from fxopt.train.journal import TIMES, rows
 
 WIDTH, HEIGHT, EDGE = 640, 220, 44
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:44rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
+PAGE_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:44rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 pre{overflow-x:auto;font-size:12px}table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.1rem .8rem .1rem 0;text-align:left;vertical-align:top}
 svg{width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:#666}h2{margin:1.6rem 0 .3rem;font-size:1.05rem}
 @media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}svg text{fill:#999}}"""
@@ -32,17 +32,17 @@ def write_report(folder: Path, settings: Mapping[str, Any], facts: Mapping[str, 
             if name not in ("step", "epoch", "tokens", "items"):
                 curves.setdefault(name, []).append((row["step"], value))
     losses = [name for name in curves if name in ("loss", "val_loss")]
-    parts = [_table(facts), "<h2>loss</h2>" + curve({name: curves[name] for name in losses})] if losses else [_table(facts)]
+    parts = [table(facts), "<h2>loss</h2>" + curve({name: curves[name] for name in losses})] if losses else [table(facts)]
     parts += [f"<h2>{html.escape(name)}</h2>" + curve({name: points}) for name, points in curves.items() if name not in losses and len(points) > 1]
     times = rows(folder, TIMES)
     parts += ["<h2>seconds of a step</h2>" + curve({"seconds": [(row["step"], row["seconds"]) for row in times]})] if len(times) > 1 else []
-    parts += ["<h2>model</h2>", f"<pre>{html.escape(model)}</pre>", "<h2>settings</h2>", _table({name: value for name, value in settings.items() if value not in (None, [], {})})]
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>run</title><style>{_STYLE}</style><h1>run</h1>{''.join(parts)}</html>"
+    parts += ["<h2>model</h2>", f"<pre>{html.escape(model)}</pre>", "<h2>settings</h2>", table({name: value for name, value in settings.items() if value not in (None, [], {})})]
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>run</title><style>{PAGE_STYLE}</style><h1>run</h1>{''.join(parts)}</html>"
     replace_file(folder / "report.html", page.encode())
     return folder / "report.html"
 
 
-def _table(values: Mapping[str, Any]) -> str:
+def table(values: Mapping[str, Any]) -> str:
     lines = "".join(f"<tr><th scope=row>{html.escape(str(name))}</th><td>{html.escape(shown(value))}</td></tr>" for name, value in values.items())
     return f"<table>{lines}</table>"
 
@@ -52,8 +52,8 @@ def shown(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def curve(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """Lines over the steps as an SVG: every point of short runs, of long ones the extremes of each pixel. Values that are not finite are
+def curve(lines: Mapping[str, Sequence[tuple[float, float]]], over: str = "step", mark: float | None = None) -> str:
+    """Lines over the steps (or what `over` says; `mark`: a place on it) as an SVG: every point of short runs, of long ones the extremes of each pixel. Values that are not finite are
     left out, and the line is broken there."""
     finite = [(x, y) for points in lines.values() for x, y in points if math.isfinite(y)]
     if not finite:
@@ -75,9 +75,12 @@ def curve(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
         if len(lines) > 1:
             drawn.append(f"<text x={EDGE + 90 * number} y=10 style='fill:{colour}'>{html.escape(name)}</text>")
     labels = "".join(f"<text x={x} y={y} text-anchor={side}>{text}</text>" for x, y, side, text in (
-        (EDGE - 4, 16, "end", shown(float(high))), (EDGE - 4, HEIGHT - 22, "end", shown(float(low))), (EDGE, HEIGHT - 6, "start", f"step {left:g}"), (WIDTH - 8, HEIGHT - 6, "end", f"{right:g}")))
+        (EDGE - 4, 16, "end", shown(float(high))), (EDGE - 4, HEIGHT - 22, "end", shown(float(low))), (EDGE, HEIGHT - 6, "start", f"{over} {left:g}"), (WIDTH - 8, HEIGHT - 6, "end", f"{right:g}")))
+    if mark is not None:
+        x = EDGE + (mark - left) / across * (WIDTH - EDGE - 8)
+        drawn.append(f"<line x1={x:.1f} x2={x:.1f} y1=12 y2={HEIGHT - 24} stroke='#999' stroke-dasharray='3 3'><title>{shown(float(mark))}</title></line>")
     names = ", ".join(lines)
-    return f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role=img aria-label='{html.escape(names)} over steps {left:g} to {right:g}'>{''.join(drawn)}{labels}</svg>"
+    return f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {HEIGHT}' role=img aria-label='{html.escape(names)} over {over} {left:g} to {right:g}'>{''.join(drawn)}{labels}</svg>"
 
 
 def _thinned(points: Sequence[tuple[float, float]], left: float, across: float) -> list[tuple[float, float]]:

@@ -41,6 +41,7 @@ from fxopt.train.strategies import Strategy, strategy_of
 from fxopt.train.summary import summary
 from fxopt.train.task import Loss, ModelTask, Task, check_trainable, device_of
 from fxopt.train.timing import timed
+from fxopt.train.tuner import Tuned, tune
 
 log = logging.getLogger("fxopt")
 
@@ -151,7 +152,7 @@ class Trainer:
         if self.seed is not None:
             randomness.seed_all(self.seed)
         data, validation = self._sources(train, val, strategy)
-        with self._deterministic(), contextlib.ExitStack() as stack, (Signals() if folder is not None and self.checkpoints else contextlib.nullcontext(Signals())) as signals:
+        with randomness.deterministic(self.deterministic), contextlib.ExitStack() as stack, (Signals() if folder is not None and self.checkpoints else contextlib.nullcontext(Signals())) as signals:
             stack.callback(task.end)
             run = self._run(task, strategy, data, validation, folder, signals)
             try:
@@ -176,6 +177,10 @@ class Trainer:
         outputs: list[Any] = []
         self._evaluate(model, data, "predict", self.limit_predict, outputs)
         return outputs
+
+    def tune(self, model: Any, train: Any, *, batch_size: bool = True, rate: bool = True, workers: bool = True, memory: int | None = None) -> Tuned:
+        """Finds batch size, learning rate and number of workers by trial runs, which leave no trace; see `fxopt.train.tuner.tune`."""
+        return tune(self, model, train, batch_size=batch_size, rate=rate, workers=workers, memory=memory)
 
     # -- making a run ---------------------------------------------------------------------------------------------------
 
@@ -355,7 +360,7 @@ class Trainer:
         state = State(task.module, _NO_OPTIMIZER, 0, stage=stage, rank=strategy.rank, world=strategy.world)
         device = device_of(task.module).type
         dtype = _DTYPES[self.precision]
-        with contextlib.ExitStack() as stack, self._deterministic():
+        with contextlib.ExitStack() as stack, randomness.deterministic(self.deterministic):
             stack.callback(task.end)
             task.begin(state, Means(), self)
             events = Events([*(adopted(callback, self, task) for callback in (*self.callbacks, *task.callbacks())), *task.hooks])
@@ -363,16 +368,6 @@ class Trainer:
             stack.callback(events, Callback.on_teardown, state, stage)
             return evaluation.evaluate(task, task.module, source, stage, state, events, 1 if self.fast_dev_run else limit,
                                        lambda: torch.autocast(device, dtype) if dtype is not None else contextlib.nullcontext(), strategy, outputs)
-
-    @contextlib.contextmanager
-    def _deterministic(self) -> Iterator[None]:
-        before = torch.are_deterministic_algorithms_enabled()
-        if self.deterministic:
-            torch.use_deterministic_algorithms(True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before)
 
 
 _NO_OPTIMIZER = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.0)  # of a run before it has one
