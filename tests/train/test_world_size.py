@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fxopt
+from fxopt.errors import DataError
 from fxopt.train import snapshot
 from fxopt.train.averaging import Averaged
 from fxopt.train.callbacks import Callback, State
@@ -69,9 +70,10 @@ def equal(one: Any, other: Any) -> bool:
 
 
 KINDS = [(("fsdp", 2), ("single", 1)), (("single", 1), ("fsdp", 2)), (("ddp", 2), ("single", 1))]
+MORE = [(("fsdp", 2), ("fsdp", 4)), (("fsdp", 4), ("fsdp", 2)), (("fsdp", 4), ("ddp", 2)), (("single", 1), ("ddp", 4)), (("ddp", 2), ("fsdp", 2))]
 
 
-@pytest.mark.parametrize("first, second", KINDS, ids=str)
+@pytest.mark.parametrize("first, second", KINDS + [pytest.param(*kind, marks=pytest.mark.slow) for kind in MORE], ids=str)
 def test_a_run_goes_on_with_another_number(tmp_path: Path, first: tuple[str, int], second: tuple[str, int]) -> None:
     begun = on(first[1], tmp_path / "run", first[0], 4 // first[1])
     # read, and written again with nothing trained in between
@@ -82,3 +84,34 @@ def test_a_run_goes_on_with_another_number(tmp_path: Path, first: tuple[str, int
     for each in rest:
         assert each["first"] == 4 // first[1]
         assert all(np.array_equal(each["weights"][name], value) for name, value in rest[0]["weights"].items())
+
+
+def test_a_resumed_run_is_the_one_that_was_not_interrupted(tmp_path: Path) -> None:
+    """With as many processes: bit by bit, also in the middle of a step, with averages of 8 bits, whose scales are a rank's own."""
+    more = {"optimizer": "adamw_8bit", "accumulate": 2, "checkpoints": Checkpoints(unit="batch", keep=99)}
+    (whole, *_) = on(2, tmp_path / "whole", "fsdp", 4, **more)
+    for name in ("step-00000001-epoch-0000", "step-00000001-epoch-0000-batch-001"):
+        (rest, *_) = on(2, tmp_path / name, "fsdp", 4, resume=tmp_path / "whole" / "checkpoints" / name, **more)
+        assert rest["losses"] == whole["losses"][1:]
+        assert all(np.array_equal(rest["weights"][key], value) for key, value in whole["weights"].items())
+
+
+def test_what_another_number_cannot_take_over_is_said(tmp_path: Path) -> None:
+    """The middle of a step; batches that do not divide; averages of 8 bits; a damaged piece, for which the checkpoint before it is taken."""
+    more = {"accumulate": 2, "checkpoints": Checkpoints(unit="batch", keep=99)}
+    on(2, tmp_path / "run", "fsdp", 2, optimizer="adamw_8bit", **more)
+    paths = snapshot.checkpoints(tmp_path / "run" / "checkpoints")
+    middle = next(path for path in paths if path.name.endswith("batch-001"))
+    with pytest.raises(DataError, match="the middle of a step of 2 processes"):
+        going_on(tmp_path / "a", "single", 2, resume=middle, optimizer="adamw_8bit", **more)
+    with pytest.raises(DataError, match="laid out for 2 processes"):
+        going_on(tmp_path / "b", "single", 2, resume=paths[-1], optimizer="adamw_8bit", **more)
+    going_on(tmp_path / "odd", "single", 3)
+    with pytest.raises(AssertionError, match="3 batches were used by 1 ranks"):
+        on(2, tmp_path / "odd", "fsdp", 4)
+    piece = paths[-1] / "pieces-1.safetensors"
+    data = bytearray(piece.read_bytes())
+    data[-1] ^= 1
+    piece.write_bytes(data)
+    found = snapshot.newest_good(tmp_path / "run" / "checkpoints")
+    assert found is not None and found[0] == paths[-2]

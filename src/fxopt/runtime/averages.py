@@ -27,6 +27,8 @@ from fxopt.torch_private import foreach_copy_, foreach_mul
 # Parameters smaller than this keep averages of 32 bits, as in bitsandbytes: the vectors of norms and biases, of which the
 # first shares no block with numbers of its own size, and which are no memory worth saving.
 SMALLEST_CODED = 4096
+WHOLE = "fxopt_elements"
+"""The attribute of a parameter that is a process's piece of one: elements of the whole. All processes keep the averages of a parameter alike."""
 # Parameters of at least so many elements are stepped where they are, smaller ones gathered, up to so many elements at once.
 ALONE, TOGETHER = 1 << 20, 1 << 24
 
@@ -250,6 +252,10 @@ class Coded(Flat):
         ADAMW_8BIT.overload(param, grad, *averages, self.maps, factor, *settings.numbers, number, seed)
 
 
+BY_BLOCK = frozenset(Coded.names[1::2])
+"""The averages that have an element for each block of a parameter, and not for each of its elements."""
+
+
 def kind_of(param: Tensor, bits: int) -> type[Averages]:
     """How the averages of a parameter are kept.
 
@@ -267,7 +273,7 @@ def kind_of(param: Tensor, bits: int) -> type[Averages]:
                 do="use bits=32 and parameters in fp32 (FSDP2: a MixedPrecisionPolicy computes in bf16), or torch.optim.AdamW",
             )
         return Own
-    if bits == 8 and param.numel() >= SMALLEST_CODED:
+    if bits == 8 and getattr(param, WHOLE, param.numel()) >= SMALLEST_CODED:
         if param.dtype == torch.float64:
             raise CheckError("averages of 8 bits are computed in fp32, which is too little for fp64", where=what, do="use bits=32")
         return Coded

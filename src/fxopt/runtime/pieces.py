@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from fxopt.ir.regions import Schedule, repeated_blocks
+from fxopt.runtime.averages import WHOLE
 from fxopt.runtime.binding import locate
 from fxopt.runtime.stored import StoredWeight
 
@@ -97,6 +98,7 @@ class Flat:
         if isinstance(member.held, nn.Parameter):
             member.whole, member.absent = nn.Parameter(view, member.held.requires_grad), nn.Parameter(absent, member.held.requires_grad)
             member.held.data = own
+            setattr(member.held, WHOLE, member.elements)
         else:
             member.whole, member.absent, member.held = view, absent, own
         member.put(member.held)

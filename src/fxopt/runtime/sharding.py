@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fxopt.errors import CallError
 from fxopt.ir.regions import Schedule
+from fxopt.runtime.averages import WHOLE
 from fxopt.runtime.binding import locate
 from fxopt.runtime.pieces import Flat, Member, Ranks, Unit, drawn, read_outside, units_of
 from fxopt.torch_private import in_backward, pytree
@@ -233,6 +234,7 @@ class Sharding(Unsharded):
                     value = member.whole.detach().clone()
                     if isinstance(member.held, nn.Parameter):
                         member.held.data, member.held.grad = value, None
+                        delattr(member.held, WHOLE)
                     else:
                         member.held = value
                     member.put(member.held)

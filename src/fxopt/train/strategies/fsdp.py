@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fxopt.errors import CallError, DataError
 from fxopt.ir.regions import Schedule
+from fxopt.runtime.averages import BY_BLOCK
 from fxopt.runtime.pieces import Ranks
 from fxopt.runtime.sharding import Sharding, Unsharded
 from fxopt.train.sharded import Piece, Spread
@@ -127,13 +128,13 @@ class FSDP(DDP):
         """See `Strategy`: what is laid out like a parameter is in pieces like it, other tensors are the rank's own."""
         state, numbered = optimizer.state_dict(), self._numbered(optimizer)
 
-        def marked(number: int, value: Any) -> Any:
+        def marked(number: int, name: str, value: Any) -> Any:
             flat, member = numbered[number]
             if not isinstance(value, Tensor) or not value.dim():
                 return value
-            return Piece(value, *flat.bounds(member), member.shape) if value.shape == member.held.shape else Piece(value)
+            return Piece(value, *flat.bounds(member), member.shape) if value.shape == member.held.shape and name not in BY_BLOCK else Piece(value)
 
-        return {**state, "state": {number: {name: marked(number, value) for name, value in entry.items()} for number, entry in state["state"].items()}}
+        return {**state, "state": {number: {name: marked(number, name, value) for name, value in entry.items()} for number, entry in state["state"].items()}}
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
         """See `Strategy`.
