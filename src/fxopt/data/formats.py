@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fxopt.data import messages
 from fxopt.data.files import Row, Rows
@@ -37,6 +38,9 @@ class Format:
     def columns(self) -> tuple[str, ...]:
         """All that are read."""
         return (*self.needed, *self.optional)
+
+    def __reduce__(self) -> Any:
+        return _named, (self.name,)  # processes that load data take it by its name
 
 
 def _strings(*names: str) -> Callable[[Row], bool]:
@@ -87,6 +91,10 @@ FORMATS = {made.name: made for made in (
     Format("alpaca", ("instruction", "output"), ("input", "system"), _strings("instruction", "output"), _alpaca),
     Format("sharegpt", ("conversations",), ("system", "tools"), _list_with("conversations", "from", "value"), _sharegpt),
 )}  # fmt: skip
+
+
+def _named(name: str) -> Format:
+    return FORMATS[name]
 
 
 @dataclass(frozen=True)
