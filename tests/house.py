@@ -24,8 +24,9 @@ LAW: dict[str, set[str]] = {
     "errors": set(), "torch_private": set(), "ir": {"errors", "torch_private"}, "kernels": {"errors", "torch_private"}, "passes": _CORE, "runtime": _CORE, "data": set(), "train": _CORE | {"runtime", "data"},
     "dispatch": _CORE | {"passes", "runtime"}, "adapting": _CORE | {"passes", "runtime", "dispatch"},
     "certified": _CORE | {"passes", "runtime"}, "explain": _CORE | {"passes", "runtime"}, "view": _CORE | {"passes", "runtime", "explain"},
-    "api": _CORE | {"passes", "runtime", "dispatch", "adapting", "certified", "explain"},
-    "cli": _CORE | {"passes", "runtime", "data", "train", "dispatch", "api", "explain", "view"}, "studio": {"errors", "ir", "runtime"}, "__main__": {"cli"},
+    "in_parts": _CORE | {"passes", "runtime", "dispatch", "certified", "explain"},
+    "api": _CORE | {"passes", "runtime", "dispatch", "adapting", "certified", "explain", "in_parts"},
+    "cli": _CORE | {"passes", "runtime", "data", "train", "dispatch", "api", "explain", "view", "in_parts"}, "studio": {"errors", "ir", "runtime"}, "__main__": {"cli"},
     "__init__": _CORE | {"passes", "runtime", "data", "train", "dispatch", "api"},
 }
 

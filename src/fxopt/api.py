@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from fxopt import in_parts
 from fxopt.adapting import Adapting, call_of
 from fxopt.certified import bisected, certified
 from fxopt.dispatch import Dispatcher, Part, account, parts_report
@@ -202,16 +203,20 @@ class Optimized(Adapting, nn.Module):
         lines += [f"note: {line}" for line in (*self.dispatcher.notes, *dict.fromkeys(r.untraced for r in self.dispatcher.runners.values() if r.untraced))]
         return "\n".join(lines)
 
-    def explain(self, *, predict: str = "ends") -> Explanation:
+    def explain(self, *, predict: str = "ends") -> Explanation | in_parts.ByPart[Explanation]:
         """What each pass did to the latest program, what it did not and why, what that is worth, and how to change it; `print` it, or
         take its `json()`.
 
         Args:
             predict: memory and time of a step before and after the pipeline ("ends"), after "each" pass too (seconds for each), or "none".
 
+        A call that runs in parts is explained by part.
+
         Raises:
             FxoptError: nothing was captured yet.
         """
+        if self.dispatcher.partial:
+            return in_parts.explained(self.dispatcher.parts, predict)
         program, lowered = self.program, self.dispatcher.last
         return explain(program, self.model, self.dispatcher.example, predict=predict, checks=lowered.checks, notes=self.dispatcher.notes)
 
@@ -272,8 +277,11 @@ class Optimized(Adapting, nn.Module):
             name, named_inputs: how a command named the model and its inputs, for the record.
 
         Raises:
-            FxoptError: nothing was captured yet, or the call runs in parts. What does not hold raises nothing: see `Certificate.require`.
+            FxoptError: nothing was captured yet. What does not hold raises nothing: see `Certificate.require`. Of a call that runs in parts, the
+                stages of all of them are in one certificate.
         """
+        if self._runs_in_parts(inputs):
+            return in_parts.verified(self.dispatcher.parts, runs=runs, seed=seed, original=original, name=name, inputs=named_inputs)
         call = self.sized_call(inputs)
         lowered = self.dispatcher.last
         return certified(lowered.program, self.model, self.passes, call.tensors, lowered.binding, runs=runs, seed=seed, original=original, name=name,
@@ -285,13 +293,26 @@ class Optimized(Adapting, nn.Module):
 
         Args:
             predicate: `predicate(program)` is true of a wrong program; None: its certificate fails.
-            certificate: one that fails, from `verify`; None: made now. inputs: an example call; None: the last one. original: see `verify`.
+            certificate: one that fails, from `verify`; None (and of a model in parts): made now. inputs: an example call; None: the last one. original: see `verify`.
 
         Raises:
             CheckError: nothing is wrong, or the program is wrong as captured.
         """
+        if self._runs_in_parts(inputs):
+            return in_parts.bisect(self.dispatcher.parts, predicate, original)
         call = self.sized_call(inputs)
         return bisected(self.dispatcher.last.program, self.model, self.passes, call.tensors, predicate=predicate, certificate=certificate, original=original)
+
+    def _prepared(self, inputs: tuple[Any, ...] | Mapping[str, Any] | None) -> Call:
+        if inputs is None and self.dispatcher.example is None:
+            raise FxoptError("the model was not called yet", do="give `inputs`")
+        call = self.dispatcher.example if inputs is None else inputs if isinstance(inputs, Call) else call_of(inputs)
+        self.dispatcher.prepare(call)
+        return call
+
+    def _runs_in_parts(self, inputs: tuple[Any, ...] | Mapping[str, Any] | None) -> bool:
+        self._prepared(inputs)
+        return self.dispatcher.partial
 
     def sized_call(self, inputs: tuple[Any, ...] | Mapping[str, Any] | None = None, *, batch: int | None = None, length: int | None = None) -> Call:
         """A call (None: the last one), which is captured now if it is of a new kind, with as many samples and tokens as wanted: its values
@@ -300,17 +321,14 @@ class Optimized(Adapting, nn.Module):
         Raises:
             CallError: the captured graph fixes such a size, or the call runs in parts.
         """
-        if inputs is None and self.dispatcher.example is None:
-            raise FxoptError("the model was not called yet", do="give `inputs`")
-        call = self.dispatcher.example if inputs is None else inputs if isinstance(inputs, Call) else call_of(inputs)
-        self.dispatcher.prepare(call)
+        call = self._prepared(inputs)
         if self.dispatcher.last is None:
             raise CallError("this call runs in parts, and what is asked needs its whole step in one graph", where=type(self.model).__name__,
                             do="`print(opt.report)` says what stands against the whole, and what to change")
         return dataclasses.replace(call, tensors=tuple(resized(call.tensors, self.dispatcher.last.binding.guards.shapes, batch, length)))
 
     def plan(self, inputs: tuple[Any, ...] | Mapping[str, Any] | None = None, *, batch: int | None = None, length: int | None = None,
-             optimizer: str | None = None) -> Plan:
+             optimizer: str | None = None) -> Plan | in_parts.PlanOfParts:
         """What a training step on a call will take, and what each region does about it; `print` it. Nothing is run.
 
         Args:
@@ -319,8 +337,11 @@ class Optimized(Adapting, nn.Module):
                 "adamw".
 
         Raises:
-            CallError: the memory pass's budget cannot be kept; with the smallest that can.
+            CallError: the memory pass's budget cannot be kept; with the smallest that can. Or other sizes are asked of a call that runs in
+                parts: they are planned for the sizes that they were called with.
         """
+        if (batch, length) == (None, None) and self._runs_in_parts(inputs):
+            return in_parts.plan(self.dispatcher.parts, optimizer)
         call = self.sized_call(inputs, batch=batch, length=length)
         return planned(self.dispatcher.last.binding, call.tensors, optimizer)
 

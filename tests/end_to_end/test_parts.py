@@ -151,7 +151,7 @@ def test_the_parts_run_as_graphs_and_the_rest_as_it_is(monkeypatch: pytest.Monke
     with pytest.raises(FxoptError, match="in parts"):
         opt.program
     with pytest.raises(CallError, match="in parts"):
-        opt.plan()
+        opt.plan(batch=4)
     with pytest.raises(ValueError, match="not finite"):
         opt(data() * float("nan"))
     ran = CALLS["block"]

@@ -28,7 +28,7 @@ def test_random_programs(first: int) -> None:
     counts = Counts()
     for seed in range(first, first + BATCH):
         check(plan_of(seed), counts)
-    assert counts.changed > 5 * BATCH and not counts.unproven
+    assert counts.changed > 5 * BATCH and counts.unproven < counts.changed / 10
 
 
 @pytest.mark.slow

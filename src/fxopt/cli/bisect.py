@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fxopt.cli.models import INPUTS, MODEL, UsageError, model_and_inputs, named
-from fxopt.errors import PassError
+from fxopt.errors import PassError, Untraceable
 
 
 def add(commands: Any) -> None:
@@ -29,6 +29,7 @@ def add(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> str:
     import torch
 
+    from fxopt.api import optimize
     from fxopt.ir.capture import Call, capture
     from fxopt.ir.program import Sample
     from fxopt.passes.bisect import bisect, not_finite
@@ -41,11 +42,21 @@ def _run(arguments: argparse.Namespace) -> str:
     torch.manual_seed(arguments.seed)
     model, args, kwargs = model_and_inputs(arguments.model, arguments.inputs)
     call = Call.of(args, kwargs)
-    raw = capture(model.train(), call)
+    try:
+        raw = capture(model.train(), call)
+    except Untraceable:  # the model runs in parts
+        if arguments.not_finite:
+            raise
+        opt = optimize(model, passes, inputs=kwargs if kwargs and not args else args, check=False)
+        return _written(arguments, opt.bisect(named(arguments.predicate) if arguments.predicate else None))
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     program = run(passes, raw, sample=Sample(call.tensors, state))
     predicate = not_finite(call.tensors, state) if arguments.not_finite else named(arguments.predicate) if arguments.predicate else None
     found = bisect(program, applied(program, passes), call.tensors, state, predicate=predicate, runs=arguments.runs, seed=arguments.seed)
+    return _written(arguments, found)
+
+
+def _written(arguments: argparse.Namespace, found: Any) -> str:
     if arguments.output and found.repro is not None:
         Path(arguments.output).write_text(found.repro.text)
     return f"{found}\n"

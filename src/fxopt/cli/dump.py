@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from fxopt.cli.programs import captured, model_argument, options, stage
+from fxopt.cli.programs import by_part, each_captured, model_argument, options, stage
 
 
 def add(commands: Any) -> None:
@@ -25,10 +25,16 @@ def add(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> str:
+    found = [(name, _said(arguments, model, call, program)) for name, model, call, program in each_captured(arguments)]
+    if arguments.json and found[0][0]:
+        return json.dumps({"model": arguments.model, "parts": {name: json.loads(text) for name, text in found}}, indent=1) + "\n"
+    return by_part(found)
+
+
+def _said(arguments: argparse.Namespace, model: Any, call: Any, program: Any) -> str:
     from fxopt.ir.text import diff, report, summary, text
     from fxopt.runtime.step_text import step_text
 
-    model, call, program = captured(arguments)
     if arguments.diff:
         a, b = (stage(program, name) for name in arguments.diff)
         return diff(a, b, fold=arguments.fold) + "\n"

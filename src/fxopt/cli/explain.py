@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from fxopt.cli.programs import EXACT, captured, model_argument, options
+from fxopt.cli.programs import EXACT, by_part, each_captured, model_argument, options
 
 
 def add(commands: Any) -> None:
@@ -24,6 +24,8 @@ def add(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> str:
     from fxopt.explain import explain
 
-    model, call, program = captured(arguments)
-    found = explain(program, model, call, predict=arguments.predict)
-    return (json.dumps(found.json(), indent=1, ensure_ascii=False) if arguments.json else str(found)) + "\n"
+    found = [(name, explain(program, model, call, predict=arguments.predict)) for name, model, call, program in each_captured(arguments)]
+    if arguments.json:
+        body = {name: each.json() for name, each in found}
+        return json.dumps(body.get("", {"parts": body}), indent=1, ensure_ascii=False) + "\n"
+    return by_part([(name, f"{each}\n") for name, each in found])

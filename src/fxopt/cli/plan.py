@@ -42,6 +42,8 @@ def _run(arguments: argparse.Namespace) -> str:
         vary = "length" if arguments.fit == "seq" else "batch"
         number, plan, call = opt.largest_call(limit, vary, batch=arguments.batch, length=arguments.seq, optimizer=arguments.optimizer)
         lines.append(f"the largest {arguments.fit} within {arguments.memory}: {number}")
+    elif opt.parts and (arguments.batch, arguments.seq, arguments.measure) == (None, None, False):
+        return f"{opt.plan(optimizer=arguments.optimizer)}\n"
     else:
         call = opt.sized_call(batch=arguments.batch, length=arguments.seq)
         plan = opt.plan(batch=arguments.batch, length=arguments.seq, optimizer=arguments.optimizer)

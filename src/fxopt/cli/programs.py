@@ -50,6 +50,27 @@ def captured(arguments: argparse.Namespace, name: str | None = None, passes: str
     return model, call, run(pipeline, program, verify="values" if arguments.verify else None, sample=Sample(call.tensors, state))
 
 
+def each_captured(arguments: argparse.Namespace) -> list[tuple[str, Any, Any, Any]]:
+    """`captured`, with "" as name. Of a model whose code as a whole cannot be traced: name, model, call and program of each of its parts
+    (parts with equal programs once)."""
+    from fxopt import in_parts
+    from fxopt.api import optimize
+    from fxopt.errors import Untraceable
+
+    try:
+        return [("", *captured(arguments))]
+    except Untraceable:
+        model, args, kwargs = model_and_inputs(arguments.model, arguments.inputs)
+        opt = optimize(model.train(arguments.train), arguments.passes, inputs=kwargs if kwargs and not args else args, check=False,
+                       verify="values" if arguments.verify else None)
+        return [(one.name, one.model, one.call, one.lowered.program) for one in in_parts.asked(opt.dispatcher.parts)]
+
+
+def by_part(said: list[tuple[str, str]]) -> str:
+    """Texts of parts, each under its part's name; of a whole, the text."""
+    return "\n".join(f"part {name}:\n{text}" if name else text for name, text in said)
+
+
 def stage(program: Any, name: str) -> Any:
     """The program in `program`'s history right after the pass `name` (`name@2`: its second use; `capture`: before all)."""
     wanted, _, count = name.partition("@")

@@ -90,6 +90,7 @@ class RootDispatcher(WholeDispatcher):
             with self.weights.stand_ins():
                 self._capture_parts(call, error)
             self.last, self.partial = None, True
+            self.example = Call(call.spec, call.leaves, tuple(t.detach() for t in call.tensors))
 
     def lowered(self) -> list[Lowered]:
         """All that was captured so far, of the whole and of parts."""

@@ -6,6 +6,7 @@ The schema is docs/certificate.schema.json. It is a record of randomized testing
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -133,6 +134,20 @@ class Certificate:
     state: str
     cases: Mapping[str, list[list[int]]]
     stages: tuple[Stage, ...]
+
+    @classmethod
+    def joined(cls, parts: Mapping[str, Certificate], passes: str) -> Certificate:
+        """One certificate of several parts of a model: each stage and case has the name of its part before its own.
+
+        Raises:
+            CheckError: there is no part.
+        """
+        if not parts:
+            raise CheckError("there is no part to certify")
+        hashed = hashlib.sha256("".join(each.state for each in parts.values()).encode()).hexdigest()
+        return dataclasses.replace(next(iter(parts.values())), passes=passes, state=hashed,
+                                   cases={f"{part}: {name}": shapes for part, each in parts.items() for name, shapes in each.cases.items()},
+                                   stages=tuple(dataclasses.replace(stage, text=f"{part}: {stage.text}") for part, each in parts.items() for stage in each.stages))
 
     @property
     def holds(self) -> bool:
