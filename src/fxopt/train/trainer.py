@@ -246,7 +246,6 @@ class Trainer:
         made = own[0] if own is not None else optimizers.make(self.optimizer, module, self.lr, self.weight_decay, self.groups)
         rates = own[1] if own is not None and own[1] is not None else Scheduled(made, self._schedules(steps))
         state.optimizer, state.optimizers = made[0], made
-        callbacks = [*(adopted(callback, self, task) for callback in (*self.callbacks, *task.callbacks())), *task.hooks, *([Progress(shown=not strategy.rank)] if self.progress else [])]
         plan = Plan(steps, 1 if self.fast_dev_run else self.epochs, batches_of, self.clip, self.clip_value, limit,
                     1 if self.fast_dev_run else self.limit_validate if self.overfit_batches is None else limit, self.validate_every, self.log_every, _DTYPES[self.precision],
                     None if self.max_seconds is None else time.monotonic() + self.max_seconds)
@@ -255,6 +254,7 @@ class Trainer:
         if folder is not None and self.checkpoints:
             policy = self.checkpoints if isinstance(self.checkpoints, Checkpoints) else Checkpoints()
             saver = Saver(folder / "checkpoints", policy, described(self), signals, _adapter_of(module))
+        callbacks = [*(adopted(callback, self, task) for callback in (*self.callbacks, *task.callbacks())), *task.hooks, *([Progress(shown=not strategy.rank, saves=saver and saver.policy)] if self.progress else [])]
         run = Run(plan, task, model, state, Events(callbacks), data, validation, made, rates, parameters,
                    Counter(module, self.count, graph=self.loss is None, needed=not self.accumulate == 1), Guard(self.not_finite, self.spikes and replace(self.spikes)), strategy,
                    Journal(folder if not strategy.rank else None, self.loggers if not self.fast_dev_run and not strategy.rank else ()), saver,
