@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fxopt
+from fxopt.kernels.tolerance import same
 from fxopt.train.callbacks import Callback, State
 from tests.train.processes import together
 
@@ -96,19 +97,19 @@ def _arrays(model: nn.Module) -> dict[str, np.ndarray]:
     return {name: value.detach().numpy().copy() for name, value in model.named_parameters()}
 
 
-def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+def alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Up to the order of sums."""
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
-    assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
+    for what in ("losses", "norms"):
+        assert same(torch.tensor(found[what]), torch.tensor(expected[what])), what
+    assert same(torch.tensor(found["val_loss"]), torch.tensor(expected["val_loss"]))
     for what in ("weights", "files"):
         assert found[what].keys() == expected[what].keys()
         for name, value in expected[what].items():
-            assert abs(found[what][name] - value).max() < 2e-4, name
+            assert same(torch.from_numpy(found[what][name]), torch.from_numpy(value)), name
 
 
-CASES = [(None, 2), ("canonicalize | fuse | loss", 2), (QLORA, 2)]
-MORE = [(None, 4), ("canonicalize | fuse | loss", 4), (QLORA, 4), ("lora(rank=4) | fuse", 2), ("lora(rank=4, variant=dora) | quantize(int8) | siblings | fuse | remat", 2)]
+CASES = [(None, 2), (QLORA, 2)]
+MORE = [(None, 4), ("canonicalize | fuse | loss", 2), ("canonicalize | fuse | loss", 4), (QLORA, 4), ("lora(rank=4) | fuse", 2), ("lora(rank=4, variant=dora) | quantize(int8) | siblings | fuse | remat", 2)]
 
 
 @pytest.mark.parametrize("passes, world", CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in MORE])
@@ -121,5 +122,5 @@ def test_training_is_that_of_one_process(passes: str | None, world: int, tmp_pat
     for rank, each in enumerate(found):
         if rank:  # rank 0 alone writes
             each["files"], each["weights"] = expected["files"], each["weights"] | {name: value for name, value in expected["weights"].items() if name.startswith("merged")}
-        same(each, expected)
+        alike(each, expected)
         assert each["bytes"] < 1.1 / world * expected["bytes"]

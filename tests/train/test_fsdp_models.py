@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxopt
 from fxopt.errors import CallError, DataError
+from fxopt.kernels.tolerance import same
 from fxopt.train.strategies import strategy_of
 from tests.train.processes import together
 from tests.train.test_fsdp import QLORA, Model, samples
@@ -109,7 +110,7 @@ def all_of(models: dict[str, Callable[[], Any]]) -> None:
                 pieces = each[name][parameter]
                 assert (pieces is None) == (expected is None), (name, parameter)
                 if expected is not None:
-                    assert abs(np.concatenate(pieces).reshape(expected.shape) - expected).max() < 1e-5, (name, parameter)
+                    assert same(torch.from_numpy(np.concatenate(pieces).reshape(expected.shape)), torch.from_numpy(expected)), (name, parameter)
 
 
 def test_gradients_are_those_of_one_process() -> None:
