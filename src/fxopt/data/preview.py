@@ -46,10 +46,10 @@ def runs(sample: Encoded, tokenizer: Tokenizer) -> list[tuple[str, bool, int]]:
 
 
 def chosen(dataset: Dataset, number: int) -> list[int]:
-    """Samples to show: the first ones, and the longest."""
+    """Samples to show: the first ones, and (of several) the longest."""
     longest = max(range(len(dataset)), key=lambda i: dataset.lengths[i])
     first = list(range(min(number, len(dataset))))
-    return first if not first or longest in first else [*first[: number - 1], longest]
+    return first if number < 2 or longest in first else [*first[: number - 1], longest]
 
 
 def data(dataset: Dataset, number: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import data as torch_data
 
+from fxopt.data.dataset import Dataset, Part
 from fxopt.errors import DataError
 from fxopt.runtime.counting import IGNORED_LABEL
 from fxopt.train.batch import Batch
@@ -46,7 +47,7 @@ class Loader:
         batch_size: samples of a batch.
         shuffle, lengths, tokens, weights, drop_last: see `fxopt.train.sampler.order_of`.
         order: an order of your own instead.
-        collate: a list of samples to a batch; None: torch's default_collate.
+        collate: a list of samples to a batch; None: that of a `fxopt.data.Dataset`, else torch's default_collate.
         workers: processes that make batches ahead.
         seed: of order and random states. rank, world: see `Sampler`.
 
@@ -63,7 +64,8 @@ class Loader:
             order = order_of(len(dataset), batch_size, shuffle=shuffle, lengths=lengths, tokens=tokens, weights=weights, drop_last=drop_last)
         self.dataset, self.workers = dataset, workers
         self.sampler = Sampler(order, seed, rank, world)
-        self.maker = _Maker(dataset, collate or torch_data.default_collate, seed, quiet=collate is None and isinstance(dataset, (list, tuple, torch_data.TensorDataset)))
+        own = dataset.collate if isinstance(dataset, (Dataset, Part)) else torch_data.default_collate
+        self.maker = _Maker(dataset, collate or own, seed, quiet=collate is None and isinstance(dataset, (list, tuple, torch_data.TensorDataset)))
         self.more: dict[str, Any] = {}
         self._jobs: list[Any] = []
         self._torch: torch_data.DataLoader | None = None
