@@ -93,12 +93,20 @@ def in_pieces(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, list[np
     strategy.setup(model)
     try:
         for batch in batches:
-            strategy.backward(model, model(**batch)["loss"], True)
+            loss = model(**batch)["loss"]
+            assert not whole_bytes(strategy, slice(-1)), "no block is whole after its forward"
+            strategy.backward(model, loss, True)
+            assert not whole_bytes(strategy, slice(None)), "nothing is whole after the backward"
         strategy.synchronize(model)
         shared = strategy.share({name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None})
         return {name: [each[name].numpy() for each in shared] if parameter.grad is not None else None for name, parameter in model.named_parameters()}
     finally:
         strategy.close(model)
+
+
+def whole_bytes(strategy: Any, which: slice) -> int:
+    """What the gathered weights of some units take: the last is what lies outside of blocks."""
+    return sum(flat.full.untyped_storage().nbytes() for unit in strategy.sharding.units[which] for flat in unit.flats)
 
 
 def all_of(models: dict[str, Callable[[], Any]]) -> None:
