@@ -364,3 +364,30 @@ def test_alike_parts_that_read_what_differs_are_captured_apart() -> None:
     equal(opt, eager, data())
     assert [part.name for part in opt.parts if part.captured] == ["first", "blocks.0", "blocks.1", "head"]
     assert not opt.dispatcher.notes  # a check that fails would say so, and capture again
+
+
+class Ranged(nn.Module):
+    """Its buffer is another tensor after each step, which the code around it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, D)
+        self.register_buffer("largest", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.linear(x)
+        self.largest = 0.9 * self.largest + 0.1 * x.detach().max()
+        if not bool(self.largest.isfinite()):
+            raise ValueError("not finite")
+        return (x / self.largest.abs().clamp(min=0.1)).square().mean()
+
+
+def test_a_buffer_that_is_replaced_is_replaced_once_a_step() -> None:
+    """Checks run the model, and put back which tensor stands in a buffer's place, not only what was in it."""
+    torch.manual_seed(0)
+    eager = Ranged()
+    opt = fxopt.optimize(copy.deepcopy(eager))
+    for seed in range(3):
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+        expected, found = eager(x), opt(x)
+        assert same(found, expected) and same(opt.model.largest, eager.largest)

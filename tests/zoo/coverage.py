@@ -51,8 +51,14 @@ def _parameters(model: nn.Module, captured: Mapping[str, Any]) -> float:
 def _flops(model: nn.Module, batch: Batch, captured: Mapping[str, Any]) -> float:
     counter = FlopCounterMode(display=False)
     args, kwargs = call_of(batch)
-    with counter, torch.no_grad():
-        model(*args, **kwargs)
+    given = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        model.requires_grad_(False)  # the counter hooks into gradients, and fails where there are some that are nobody's
+        with counter, torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for p, grad in given:
+            p.requires_grad_(grad)
     found = {path: sum(counts.values()) for path, counts in counter.get_flop_counts().items()}
     root = type(model).__name__
     inside = sum(found.get(f"{root}.{path}".rstrip("."), 0) for path in captured)

@@ -225,7 +225,7 @@ def _compare(result: Result, check: str, entry: Entry, eager: nn.Module, opt: Op
     """Steps of two sizes of an eager model against the optimized one. `expected` and `found` name what takes a gradient in each."""
     allowed = max(tolerance.SELF_CHECK.get(dtype, 0.0) for program in programs.values() for dtype in meta.float_dtypes(program.nodes))
     for number in range(len(entry.sizes)):
-        before = copy.deepcopy(eager)
+        before = _copied(eager)
         try:
             mine = _values(lambda: step(opt, entry.inputs(number)), found, opt.model)
         except (FxoptError, RuntimeError) as error:
@@ -255,9 +255,15 @@ def _values(run: Callable[[], torch.Tensor], learning: Callable[[], Mapping[str,
     return values | {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers() if not name.startswith("_fxopt")}
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy of a model that may keep results of its last step as attributes, which torch refuses to copy."""
+    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor) and not value.is_leaf]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in kept})
+
+
 def _moved(model: nn.Module, batch: Batch, expected: Callable[[nn.Module], Mapping[str, Any]], trial: int) -> Values:
     """The step of an eager model with every parameter moved by one rounding: what rounding alone does to an ill-conditioned model."""
-    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(trial)
+    model, generator = _copied(model), torch.Generator().manual_seed(trial)
     with torch.no_grad():
         for p in model.parameters():
             signs = torch.randint(0, 2, p.shape, generator=generator) * 2 - 1

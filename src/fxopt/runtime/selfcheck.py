@@ -51,11 +51,14 @@ class Outcome:
 
 @contextlib.contextmanager
 def _restored(model: nn.Module, devices: Sequence[int]) -> Iterator[None]:
+    places = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]  # a forward may write into a buffer or put another in its place
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
+            for module, held in places:
+                module._buffers.update(held)
             with torch.no_grad():
                 for live, kept in buffers:
                     if live.shape == kept.shape:
