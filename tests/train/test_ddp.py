@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchmetrics
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from fxopt.train.strategies.ddp import DDP
 from fxopt.train.trainer import Trainer, fit
 from tests.models import llama, tokens
 from tests.train.processes import outcomes, together
+from tests.train.small import batches
 
 VOCABULARY = 11
 
@@ -294,6 +296,96 @@ def test_each_rank_drops_out_its_own() -> None:
 
     first, second = together(2, ranks)
     assert len(first) == 2 and not set(first) & set(second)
+
+
+class Modular(nn.Module):
+    """Of Lightning's shape: it logs in its steps, and brings its optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Bigram()
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        loss = self.net(**batch)["loss"]
+        self.log("mean", loss, on_step=False, on_epoch=True, batch_size=supervised(batch))
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
+        self.log("val_mean", self.net(**batch)["loss"], batch_size=supervised(batch))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def test_lightning_modules_and_data_modules() -> None:
+    data, val = [text(2, 5, i % 3, i) for i in range(7)], [text(1, 4, i % 2, 50 + i) for i in range(3)]
+
+    class Module:
+        prepared = 0
+
+        def prepare_data(self) -> None:
+            self.prepared += 1
+
+        def train_dataloader(self) -> list[Any]:
+            return data
+
+        def val_dataloader(self) -> list[Any]:
+            return val
+
+    def ranks(rank: int, accumulate: int = 1) -> tuple[dict[str, float], list[np.ndarray], int]:
+        model, module = Modular(), Module()
+        result = Trainer(epochs=2, accumulate=accumulate, clip=None, progress=False, count=supervised).fit(model, module)
+        return {name: result.metrics[name] for name in ("loss", "mean", "val_mean")}, [p.detach().numpy() for p in model.parameters()], module.prepared
+
+    first, second = together(2, ranks)
+    (wanted,) = together(1, lambda rank: ranks(rank, 2))
+    assert first[0] == second[0] and (first[2], second[2]) == (1, 0)
+    assert all(math.isclose(first[0][name], value) for name, value in wanted[0].items())
+    for mine, theirs in zip(first[1], wanted[1], strict=True):
+        torch.testing.assert_close(torch.from_numpy(mine), torch.from_numpy(theirs))
+
+
+def test_metrics_with_a_memory() -> None:
+    data = [text(1, 4, 0, i) for i in range(4)]
+
+    class Own:
+        """Its memory is its own business: nobody can add it over processes."""
+
+        def update(self, output: Any, batch: Any) -> None: ...
+        def compute(self) -> float: return 0.0
+        def reset(self) -> None: ...
+
+    class Mean(torchmetrics.MeanMetric):
+        def update(self, output: Any, batch: Any) -> None:
+            super().update(batch["input_ids"].double().mean())
+
+    mean = float(torch.stack([batch["input_ids"].double().mean() for batch in data]).mean())
+    found = together(2, lambda rank: Trainer(progress=False, metrics={"mean": Mean()}).validate(Bigram(), data)["val_mean"])
+    assert all(math.isclose(value, float(torch.tensor(mean))) for value in found), (found, mean)
+    refused = outcomes(2, lambda rank: Trainer(progress=False, metrics={"own": Own()}).validate(Bigram(), data))
+    assert all("val_own has a memory that cannot be added over 2 processes" in each.error for each in refused)
+
+
+def test_a_loss_scaler_scales_alike() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.line = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(self.line(x).float(), y)
+
+    def ranks(rank: int) -> tuple[list[str], list[np.ndarray]]:
+        model = Half()
+        data = batches(7)
+        data[3][0].mul_(100)  # rank 1's second: its scaled gradient overflows in fp16
+        result = fit(model, data, epochs=1, lr=0.1, optimizer="sgd", progress=False, precision="fp16")
+        return [step.skipped for step in result.steps], [p.detach().numpy() for p in model.parameters()]
+
+    first, second = together(2, ranks)
+    assert "overflows" in first[0][1] and "overflows" in second[0][1] and not any(first[0][2:] + second[0][2:])
+    assert all(np.array_equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
 
 @pytest.mark.parametrize(("refused", "words"), [(lambda: fit(Bigram(), iter([text(1, 4, 0, 0)]), steps=1, progress=False), "cannot be dealt out"),
