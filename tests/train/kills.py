@@ -40,6 +40,7 @@ from fxopt.train.schedule import Plateau
 from fxopt.train.snapshot import checkpoints
 from fxopt.train.stopping import EarlyStopping
 from fxopt.train.strategies.ddp import DDP
+from fxopt.train.strategies.fsdp import FSDP
 from fxopt.train.trainer import Trainer
 from tests.models import llama, tokens
 from tests.train.processes import outcomes
@@ -106,7 +107,7 @@ def _adapters() -> Callable[[Path, bool], None]:
     return adapters
 
 
-def processes(folder: Path, resume: bool) -> None:
+def processes(folder: Path, resume: bool, strategy: type[DDP] = DDP) -> None:
     """The convnet on two processes which train together; this one only waits for them.
 
     Ends with `UNEQUAL` if one was struck and the other stopped because of it, as it must.
@@ -116,7 +117,7 @@ def processes(folder: Path, resume: bool) -> None:
 
     try:
         # A rank that is struck before they have met is missed by the other after `joining`; a launcher would end it.
-        found = outcomes(2, lambda rank: images(folder, resume, strategy=DDP(joining=10.0)), meanwhile=noted)
+        found = outcomes(2, lambda rank: images(folder, resume, strategy=strategy(joining=10.0)), meanwhile=noted)
     finally:
         ranks_of(folder).unlink(missing_ok=True)
     codes = {each.code for each in found}
@@ -128,8 +129,13 @@ def processes(folder: Path, resume: bool) -> None:
     sys.exit(1 if wrong else UNEQUAL)
 
 
+def shards(folder: Path, resume: bool) -> None:
+    """The same with weights in pieces, of which both processes write their own."""
+    processes(folder, resume, FSDP)
+
+
 UNEQUAL = 99
-SCENARIOS: dict[str, Callable[[], Callable[[Path, bool], None]]] = {"images": lambda: images, "adapters": _adapters, "workers": lambda: workers, "processes": lambda: processes}
+SCENARIOS: dict[str, Callable[[], Callable[[Path, bool], None]]] = {"images": lambda: images, "adapters": _adapters, "workers": lambda: workers, "processes": lambda: processes, "shards": lambda: shards}
 
 
 @dataclass
@@ -283,7 +289,7 @@ def main() -> int:
         counts = attack(name, options.points, options.seed)
         line = {"scenario": name, "seed": options.seed, "kills": counts.kills, "in_the_middle_of_a_save": counts.in_the_middle_of_a_save, "sigterm": counts.signals,
                 "slowest_stop_seconds": round(max(counts.seconds_to_stop, default=0.0), 2), "median_stop_seconds": round(statistics.median(counts.seconds_to_stop or [0.0]), 2),
-                **({"of_one_rank": counts.of_one_rank, "slowest_notice_seconds": round(max(counts.seconds_to_notice, default=0.0), 2)} if name == "processes" else {}),
+                **({"of_one_rank": counts.of_one_rank, "slowest_notice_seconds": round(max(counts.seconds_to_notice, default=0.0), 2)} if name in ("processes", "shards") else {}),
                 "resumed_runs": counts.runs, "different": counts.different, "seconds_of_a_run": round(counts.seconds_of_a_run, 2), "torch": torch.__version__}
         print(json.dumps(line), flush=True)
         if options.out is not None:

@@ -16,6 +16,9 @@ from fxopt.runtime.averages import WHOLE
 from fxopt.runtime.binding import locate
 from fxopt.runtime.stored import StoredWeight
 
+# torch 2.13 gave them new names, and warns of the old.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 # Members begin at multiples of so many elements, which is at least the 16 bytes that vector loads of a GPU want.
 ALIGNED = 16
 
@@ -120,7 +123,7 @@ class Flat:
         if not self.gathered:
             self.full.untyped_storage().resize_(self.bytes)
             self.gathered = True
-        self.ranks.exchange(lambda: dist.all_gather_into_tensor(self.full, self.piece, async_op=True), self.full.device)
+        self.ranks.exchange(lambda: all_gather(self.full, self.piece, async_op=True), self.full.device)
 
     def release(self) -> None:
         """Give the memory back."""
@@ -138,14 +141,19 @@ class Flat:
             each member that trains with this rank's elements of the sum. Gradients of 16 bits are summed in fp32.
         """
         dtype = torch.promote_types(self.piece.dtype, torch.float32)
-        summed = self.piece.new_empty(self.length, dtype=dtype)
         grads = self.piece.new_zeros(self.length * self.ranks.world, dtype=dtype)
         for member in self.members:
             if member.whole.grad is not None:
                 grads[member.start : member.start + member.elements] = member.whole.grad.reshape(-1)
                 member.whole.grad = None
-        self.ranks.exchange(lambda: dist.reduce_scatter_tensor(summed, grads, async_op=True), grads.device)
-        summed = summed.to(self.piece.dtype)
+        if grads.device.type == "cpu":
+            # gloo's reduce_scatter is an all_reduce whose wait knows no timeout: a rank that died would be waited for without an end
+            self.ranks.exchange(lambda: dist.all_reduce(grads, async_op=True), grads.device)
+            summed = grads[self.ranks.rank * self.length :][: self.length].to(self.piece.dtype, copy=True)
+        else:
+            summed = self.piece.new_empty(self.length, dtype=dtype)
+            self.ranks.exchange(lambda: reduce_scatter(summed, grads, async_op=True), grads.device)
+            summed = summed.to(self.piece.dtype)
         return [(member, self.own(member, summed)) for member in self.members if member.held.requires_grad]
 
 
