@@ -30,7 +30,7 @@ def test_kills_at_random_moments(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["adapters", "workers"])
-def test_kills_with_adapters_and_with_workers(tmp_path: Path, scenario: str) -> None:
+@pytest.mark.parametrize("scenario", ["adapters", "workers", "shards"])
+def test_kills_of_other_runs(tmp_path: Path, scenario: str) -> None:
     (line,) = killed(tmp_path, "--points", "30", "--scenario", scenario)
     assert line["kills"] + line["sigterm"] >= 30 and line["different"] == []

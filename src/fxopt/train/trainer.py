@@ -79,7 +79,7 @@ class Trainer:
         batch_size, shuffle: for data that are samples. workers: processes that load them.
         output_dir: the run's folder: metrics.jsonl, metrics.csv, times.jsonl, report.html, checkpoints/, and the adapter in adapter/.
         checkpoints: when to save, what to keep; False: never. log_every: steps between rows in the log.
-        strategy: "auto" (ddp under a launcher that started several processes, else single), "single", "ddp", or an object. progress: show a line on stderr.
+        strategy: "auto" (ddp under a launcher that started several processes, else single), "single", "ddp", "fsdp", or an object. progress: show a line on stderr.
         profile: time the parts of the run: `result.times`, and profile.json in the run's folder.
     """
 
