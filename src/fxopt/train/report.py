@@ -1,4 +1,4 @@
-"""`report.html`: a run on one page, with its curves. No scripts, nothing from elsewhere."""
+"""`report.html`: a run on one page, with its curves and samples. No scripts, nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 
 from fxopt.runtime.files import replace_file
 from fxopt.train.journal import TIMES, rows
+from fxopt.train.samples import samples
 
 WIDTH, HEIGHT, EDGE = 640, 220, 44
+SHOWN = 40  # samples, the newest
 PAGE_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:44rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
-pre{overflow-x:auto;font-size:12px}table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.1rem .8rem .1rem 0;text-align:left;vertical-align:top}
+pre{overflow-x:auto;font-size:12px}table{border-collapse:collapse;font-variant-numeric:tabular-nums}td{white-space:pre-wrap;overflow-wrap:anywhere}td,th{padding:.1rem .8rem .1rem 0;text-align:left;vertical-align:top}
 svg{width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:#666}h2{margin:1.6rem 0 .3rem;font-size:1.05rem}
 @media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}svg text{fill:#999}}"""
 _COLOURS = ("#2266bb", "#cc6622", "#228855", "#883399")
@@ -34,6 +36,8 @@ def write_report(folder: Path, settings: Mapping[str, Any], facts: Mapping[str, 
     losses = [name for name in curves if name in ("loss", "val_loss")]
     parts = [table(facts), "<h2>loss</h2>" + curve({name: curves[name] for name in losses})] if losses else [table(facts)]
     parts += [f"<h2>{html.escape(name)}</h2>" + curve({name: points}) for name, points in curves.items() if name not in losses and len(points) > 1]
+    said = samples(folder)[-SHOWN:]
+    parts += ["<h2>samples</h2>" + table({f"step {row['step']}, {row['name']}": row["text"] for row in reversed(said)})] if said else []
     times = rows(folder, TIMES)
     parts += ["<h2>seconds of a step</h2>" + curve({"seconds": [(row["step"], row["seconds"]) for row in times]})] if len(times) > 1 else []
     parts += ["<h2>model</h2>", f"<pre>{html.escape(model)}</pre>", "<h2>settings</h2>", table({name: value for name, value in settings.items() if value not in (None, [], {})})]
