@@ -64,6 +64,7 @@ def holds(name: str, messages: list, text: str, learned: list[tuple[int, int]], 
     assert not set(answers) & set(WORD.findall(outside)), name
     for start, end in learned:
         assert any(text[start:end].endswith(token) for token in ends.special), (name, text[start:end])
+        assert not any(token in text[start : end - 1] for token in ends.stop), (name, text[start:end])
 
 
 def test_what_the_assistant_says_is_learned_with_every_template() -> None:

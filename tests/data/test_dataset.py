@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,9 @@ def test_texts_have_one_bos_and_an_end(smollm: Any) -> None:
     for given, ids in (("Hello", ["Hello", "</s>"]), ("Hello</s>", ["Hello", "</s>"])):
         made = Dataset([{"text": given}], llama)
         assert [llama.decode([number]) for number in made[0]["input_ids"].tolist()] == ids and made[0]["labels"].tolist() == made[0]["input_ids"].tolist()
-    import_bos = llama.__class__(**{**vars(llama), "before": (llama.core.special["<s>"],)})
+    adds_bos = replace(llama, before=(llama.core.special["<s>"],))
     for given in ("Hello", "<s>Hello"):
-        made = Dataset([{"text": given}], import_bos)
+        made = Dataset([{"text": given}], adds_bos)
         assert [llama.decode([number]) for number in made[0]["input_ids"].tolist()] == ["<s>", "Hello", "</s>"]
         assert made.counts.supervised == 2
     pair = Dataset([{"prompt": "Hello", "completion": " world"}], smollm)
@@ -125,6 +126,11 @@ def test_errors_name_the_row(smollm: Any, tmp_path: Path) -> None:
     (tmp_path / "dated.jinja").write_text("{{ strftime_now('%Y') }}{% for m in messages %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}")
     dated = Dataset(ROWS, smollm, template=str(tmp_path / "dated.jinja"), date="1999-01-31")
     assert "set `date`" in dated.text and dated.encoded(0).text.startswith("1999")
+
+
+def test_a_row_of_one_token_teaches_nothing() -> None:
+    made = Dataset([{"text": "</s>"}, {"text": "Hello"}], tokenizer("llama3"))
+    assert len(made) == 1 and made.counts.dropped == {"nothing to learn": 1} and made.counts.supervised == 1
 
 
 def test_answers_that_hold_the_end_are_told(smollm: Any) -> None:
