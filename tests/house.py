@@ -6,6 +6,7 @@ A path is relative to the repository, with forward slashes. A complaint is `path
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -60,6 +61,11 @@ def _at(path: str, node: Any, what: str) -> str:
     return f"{path}:{getattr(node, 'lineno', 1)}: {what}"
 
 
+@functools.cache
+def _parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 def _imports(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
     """Every import as (node, dotted name): `from a.b import c` gives `a.b.c`."""
     for node in ast.walk(tree):
@@ -86,7 +92,7 @@ def import_law(path: str, text: str) -> list[str]:
     if part is None:
         return []
     found = []
-    for node, name in _imports(ast.parse(text)):
+    for node, name in _imports(_parsed(text)):
         if name.startswith("."):
             found.append(_at(path, node, "imports are absolute"))
         if name.split(".")[0] in ("tests", "bench", "demo"):
@@ -117,7 +123,7 @@ def named_for_what_it_is(path: str, text: str) -> list[str]:
 def no_hidden_code(path: str, text: str) -> list[str]:
     """No exec, eval, compile, getsource; no pickle in the library; no bare except."""
     found = []
-    tree = ast.parse(text)
+    tree = _parsed(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             plain = isinstance(node.func, ast.Name) and node.func.id in ("exec", "eval", "compile", "__import__")
@@ -151,7 +157,7 @@ def no_tolerances(path: str, text: str) -> list[str]:
     if path == "src/fxopt/kernels/tolerance.py":
         return []
     found = []
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(_parsed(text)):
         if not isinstance(node, ast.Call):
             continue
         close = _called(node) in _CLOSE
@@ -167,7 +173,7 @@ def no_patching(path: str, text: str) -> list[str]:
     """The library does not assign into modules and classes of other packages."""
     if part_of(path) is None or path == "src/fxopt/ir/torch_patches.py":
         return []
-    tree = ast.parse(text)
+    tree = _parsed(text)
     foreign = {(alias.asname or alias.name).split(".")[0] for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
                for alias in node.names if not (getattr(node, "module", None) or alias.name).startswith("fxopt")}
     found = []
@@ -194,7 +200,7 @@ def one_editor(path: str, text: str) -> list[str]:
                                          "src/fxopt/ir/region_graph.py"):
         return []
     found = []
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(_parsed(text)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _GRAPH_EDITS:
             own = isinstance(node.func.value, ast.Call) and _called(node.func.value) == "super"  # an fx.Interpreter's own method
             if not own:
@@ -211,7 +217,7 @@ def imports_at_the_top(path: str, text: str) -> list[str]:
     if path.startswith("src/fxopt/cli/") or re.fullmatch(r"src/fxopt/kernels/\w+/triton\.py", path):
         return []
     found = []
-    for function in ast.walk(ast.parse(text)):
+    for function in ast.walk(_parsed(text)):
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             found += [_at(path, node, f"imports {name} inside a function") for node, name in _imports(function)]
             if part_of(path) is not None and path not in ("src/fxopt/__init__.py", "src/fxopt/kernels/op.py", "src/fxopt/data/extras.py"):
@@ -224,7 +230,7 @@ def private_torch_in_one_place(path: str, text: str) -> list[str]:
     """Names of torch that it does not document are taken from torch_private.py, whose tests try each of them."""
     if part_of(path) is None or path in ("src/fxopt/torch_private.py", "src/fxopt/ir/torch_patches.py"):
         return []
-    tree = ast.parse(text)
+    tree = _parsed(text)
     found = [_at(path, node, f"{name} is private: import it from fxopt.torch_private") for node, name in _imports(tree)
              if re.match(r"torch(\.\w+)*\._\w|torch\.fx\.experimental", name)]
     for node in ast.walk(tree):
@@ -242,7 +248,7 @@ def hypothesis_in_tests(path: str, text: str) -> list[str]:
     """hypothesis is needed by tests and cases.py only."""
     if path.startswith("tests/") or path.endswith("/cases.py"):
         return []
-    return [_at(path, node, "hypothesis is for tests and cases.py") for node, name in _imports(ast.parse(text)) if name.split(".")[0] == "hypothesis"]
+    return [_at(path, node, "hypothesis is for tests and cases.py") for node, name in _imports(_parsed(text)) if name.split(".")[0] == "hypothesis"]
 
 
 def no_machine(path: str, text: str) -> list[str]:
@@ -261,7 +267,7 @@ _WAITS = {"item", "tolist", "cpu", "numpy", "synchronize"}
 def portable_kernels(path: str, text: str) -> list[str]:
     """Triton is for kernels/*/triton.py, which start kernels through `launch`, read no tensor values, and use what runs everywhere."""
     found = []
-    tree = ast.parse(text)
+    tree = _parsed(text)
     if part_of(path) is not None and not _KERNELS.fullmatch(path):
         return [_at(path, node, "triton is imported by kernels/*/triton.py only") for node, name in _imports(tree) if name.split(".")[0] == "triton"]
     if not _KERNELS.fullmatch(path):

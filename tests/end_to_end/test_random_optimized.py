@@ -15,7 +15,7 @@ import fxopt
 from fxopt.ir.capture import Call
 from fxopt.runtime import selfcheck
 
-QUICK = settings(max_examples=5, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
+QUICK = settings(max_examples=3, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
 LONG = settings(QUICK, max_examples=400, phases=list(Phase))
 PIPELINES = ("", "remat", str(fxopt.presets.exact()), "canonicalize | fuse | loss", "canonicalize | fuse | loss | memory(least)")
 STRIDES = Spec((Step("special", option=1), Step("norm", 3, 2, 9), Step("linear", 3, 2, 1), Step("attention", 3, 0, 7), Step("attention", 1, 3, 3)),

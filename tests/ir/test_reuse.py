@@ -50,7 +50,7 @@ def test_what_is_written_in_place(function, in_place: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(module(X), expected, strict=True)) and torch.equal(X, before)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_random_chains_keep_their_values(data: st.DataObject) -> None:
     def function(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -44,6 +44,7 @@ class Implementation:
 
 # The interpreter takes a second for a handful of cases: all of them on every op take half of the CI's time. `pytest -m slow` runs all.
 INTERPRETED = 0.25
+COMPOSED = 0.5  # of the ATen bodies' cases
 
 
 def _to_gpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -55,7 +56,8 @@ def implementations(ops: Iterable[FusedOp]) -> list[object]:
     """Every implementation of these ops, as parameters of a test."""
     found: list[object] = []
     for op in ops:
-        found.append(pytest.param(Implementation(op, "aten"), id=f"{op.name}-aten"))
+        found.append(pytest.param(Implementation(op, "aten", COMPOSED), id=f"{op.name}-aten"))
+        found.append(pytest.param(Implementation(op, "aten"), id=f"{op.name}-aten-all", marks=pytest.mark.slow))
         if op in with_kernels():
             found.append(pytest.param(Implementation(op, "interpreter", INTERPRETED), id=f"{op.name}-interpreter"))
             found.append(pytest.param(Implementation(op, "interpreter"), id=f"{op.name}-interpreter-all", marks=pytest.mark.slow))

@@ -24,7 +24,7 @@ from fxopt.passes.pipeline import apply, build as make
 
 # No shrinking in CI: it would capture hundreds of programs. A spec is small enough to read as it is drawn. Few: tests/fuzz has more, which
 # are not captured; these see what a capture makes.
-QUICK = settings(max_examples=6, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
+QUICK = settings(max_examples=4, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
 LONG = settings(QUICK, max_examples=400, phases=list(Phase))
 SIZES = (SIZE, (2, 7), (4, 3))
 
