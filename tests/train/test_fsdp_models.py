@@ -131,7 +131,7 @@ def test_gradients_of_more_models() -> None:
 
 
 def refused(hoisted: Any, late: Any, lazy: Any) -> list[str]:
-    """What three things say that cannot be done."""
+    """What is said of three things that cannot be done, and the loss of a fourth."""
     said = []
     strategy = strategy_of("fsdp")
     try:
@@ -147,12 +147,15 @@ def refused(hoisted: Any, late: Any, lazy: Any) -> list[str]:
         except CallError as error:
             said.append(error.what)
         strategy.close(model)
+    strategy.setup(plain := Outside())
+    said.append(str(float(plain(**samples()[1])["loss"])))
+    strategy.close(plain)
     return said
 
 
 def test_what_cannot_be_is_said() -> None:
     """A frozen part that would not run; a program that comes late and reads weights where they are not; logits that are read when the weights
-    that make them are gone (not a crash)."""
+    that make them are gone (not a crash). What plain code reads in the wrong place is NaN, and no number that looks like one."""
     hoisted, late, lazy = optimized(Model, 'lora(rank=2, targets=["layers.2.up"]) | hoist')(), optimized(Outside, PLAIN, False)(), optimized(Wide, "canonicalize | loss")()
     for said in together(2, lambda rank: refused(hoisted, late, lazy)):
-        assert len(said) == 3 and "hoist" in said[0] and "outside of their block" in said[1] and "has changed since" in said[2], said
+        assert len(said) == 4 and "hoist" in said[0] and "outside of their block" in said[1] and "has changed since" in said[2] and said[3] == "nan", said
