@@ -74,7 +74,7 @@ def trained(world: int, data: Sequence[Any], accumulate: int, clip: float | None
         loss.backward()
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), clip if clip is not None else math.inf)))
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return (losses, norms, [parameter.detach().numpy() for parameter in model.parameters()]) if losses else None
 
 

@@ -25,7 +25,7 @@ from tests.train.kills import attack
 from tests.train.processes import outcomes, together
 from tests.train.small import Net, batches
 
-BOUND = 15.0
+BOUND = 30.0
 """Seconds in which everything here must be over on a busy machine; the parts of it are 1 to 4 s."""
 
 
@@ -74,7 +74,7 @@ def test_a_killed_rank_of_four_is_named_on_all() -> None:
 
 
 def test_an_error_is_told_to_the_others_though_its_process_stays() -> None:
-    found = outcomes(2, run(fail, stay=4.0))
+    found = outcomes(2, run(fail, stay=6.0))
     assert "ValueError" in found[1].error
     assert "Rank 1 failed with ValueError: a rank of no luck" in found[0].error and found[0].seconds < min(BOUND, found[1].seconds), "before the connection broke"
 
