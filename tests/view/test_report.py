@@ -31,6 +31,8 @@ def test_the_report_is_seen(tmp_path: Path) -> None:
             browser.open((tmp_path / "report.html").as_uri(), width=width, dark=dark)
             assert browser.run("document.querySelectorAll('svg path').length") >= 4
             assert browser.run("Math.min(...[...document.querySelectorAll('svg path')].map(path => path.getBoundingClientRect().width))") > 200
+            clipped = "[...document.querySelectorAll('svg text')].filter(text => text.getBoundingClientRect().left < text.ownerSVGElement.getBoundingClientRect().left)"
+            assert browser.run(f"{clipped}.length") == 0, "no label is cut off"
             assert browser.run("[...document.querySelectorAll('h2')].map(head => head.textContent).includes('samples')")
             assert browser.run("[...document.querySelectorAll('td')].some(cell => cell.textContent === 'said <b>3</b>\\nin two lines')")
             assert browser.run("document.documentElement.scrollWidth <= innerWidth"), "nothing is wider than the window"

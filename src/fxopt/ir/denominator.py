@@ -17,7 +17,7 @@ That the parts may be taken apart at all, that is, that no sample has an influen
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -67,6 +67,7 @@ class Denominator:
     total: Program | None
     formula: str
     text: str
+    seen: dict[Any, list[int]] = field(default_factory=dict, repr=False)  # what `sizes` are for inputs of these shapes
 
     def __str__(self) -> str:
         return f"loss = sum / {self.text}"
@@ -79,10 +80,16 @@ class Denominator:
     def measure(self, inputs: Sequence[torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[int | float]:
         """The numbers of one batch, which are added over batches. One synchronization for each on a GPU."""
         with torch.no_grad():
-            found = [value.item() for value in self.counts.run(inputs, state)]
+            found = [value.item() for value in _values(self.counts, inputs, state)]
+        shapes = tuple(value.shape for value in inputs)
+        if shapes not in self.seen:
+            self.seen[shapes] = self._sizes(shapes)
+        return found + self.seen[shapes]
+
+    def _sizes(self, shapes: Sequence[torch.Size]) -> list[int]:
         bound: dict[sympy.Symbol, int] = {}
-        for node, value in zip(self.counts.placeholders, inputs):
-            for symbol, size in zip(map(expression, meta.tensor(node).shape), value.shape):  # type: ignore[union-attr]
+        for node, shape in zip(self.counts.placeholders, shapes):
+            for symbol, size in zip(map(expression, meta.tensor(node).shape), shape):  # type: ignore[union-attr]
                 symbol = expression(self.equal.get(symbol, symbol))
                 if not isinstance(symbol, (int, sympy.Symbol)):
                     continue
@@ -90,7 +97,7 @@ class Denominator:
                 if known != size:
                     raise CallError(f"sizes of the inputs differ ({known} and {size}) that were equal in the call that was captured",
                                     where=str(self.counts.signature.names()), do="what the loss is the mean of is not known: give the count")
-        return found + [int(sympy.sympify(size).subs(bound)) for size in self.sizes]
+        return [int(sympy.sympify(size).subs(bound)) for size in self.sizes]
 
     def divisor(self, numbers: Sequence[int | float], state: Mapping[str, torch.Tensor]) -> float:
         """What the loss of batches with these numbers (of one, or added) is divided by."""
@@ -99,7 +106,7 @@ class Denominator:
         given = [torch.tensor(number, dtype=val.dtype) if isinstance(val := meta.value(node), torch.Tensor) else number
                  for number, node in zip(numbers, self.total.placeholders)]
         with torch.no_grad():
-            return float(self.total.run(given, {name: tensor.cpu() for name, tensor in state.items()})[0])
+            return float(_values(self.total, given, {name: tensor.cpu() for name, tensor in state.items()})[0])
 
 
 def derive(program: Program) -> Denominator | Underivable:
@@ -182,6 +189,18 @@ def _built(edit: Edit, samples: Samples, term: Any, *, constant: bool, loss: fx.
     found = _program(edit, graph)
     formula = "\n".join([*map(str, sizes), *(_formula(p.graph) for p in (found, total) if p is not None)])
     return Denominator(found, tuple(sizes), samples.equal, total, formula, text)
+
+
+def _values(program: Program, inputs: Sequence[Any], state: Mapping[str, torch.Tensor]) -> list[Any]:
+    """What the few nodes of a count give. As `Program.run`, without an interpreter: that takes 0.3 ms a batch more."""
+    env: dict[fx.Node, Any] = dict(zip(program.placeholders, inputs))
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            env[node] = state[node.target] if node.target in state else program.constants[node.target]
+        elif node.op == "call_function":
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+            env[node] = node.target(*args, **kwargs)
+    return [env[value] if isinstance(value, fx.Node) else value for value in program.outputs]
 
 
 def _program(edit: Edit, graph: fx.Graph) -> Program:

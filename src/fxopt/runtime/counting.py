@@ -74,7 +74,7 @@ class Counter:
     def __init__(self, model: nn.Module, count: Callable[[Any], int] | None, *, graph: bool, needed: bool) -> None:
         self.model, self.count, self.graph, self.needed = model, count, graph, needed
         self.optimized = callable(getattr(type(model), "prepare", None))
-        self.known: dict[int, tuple[Program, Denominator | Underivable]] = {}
+        self.known: dict[int, tuple[Program, Denominator | Underivable, list[str]]] = {}
 
     def __call__(self, batch: Any) -> Items:
         """The items of a batch, which is on the model's device.
@@ -102,12 +102,13 @@ class Counter:
             return Underivable("the model runs in parts, and no graph holds its loss")
         if id(program) not in self.known:
             facts = [fact for fact in program.facts if isinstance(fact, Denominator)]
-            self.known[id(program)] = program, facts[0] if facts else derive(program)
-        by = self.known[id(program)][1]
+            by = facts[0] if facts else derive(program)
+            self.known[id(program)] = program, by, [] if isinstance(by, Underivable) else sorted(by.names())
+        _, by, names = self.known[id(program)]
         if isinstance(by, Underivable):
             return by
         call = Call.of((), dict(batch)) if isinstance(batch, Mapping) else Call.of(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {})
-        state = live_state(self.model, sorted(by.names()))
+        state = live_state(self.model, names)
         try:
             counts = tuple(by.measure(call.tensors, state))
         except CallError as error:

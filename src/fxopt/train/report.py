@@ -12,7 +12,7 @@ from fxopt.runtime.files import replace_file
 from fxopt.train.journal import TIMES, rows
 from fxopt.train.samples import samples
 
-WIDTH, HEIGHT, EDGE = 640, 220, 44
+WIDTH, HEIGHT, EDGE = 640, 220, 76
 SHOWN = 40  # samples, the newest
 PAGE_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:44rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 pre{overflow-x:auto;font-size:12px}table{border-collapse:collapse;font-variant-numeric:tabular-nums}td{white-space:pre-wrap;overflow-wrap:anywhere}td,th{padding:.1rem .8rem .1rem 0;text-align:left;vertical-align:top}
