@@ -223,7 +223,7 @@ def test_a_real_model_learns_from_a_file(tmp_path: Path) -> None:
     rows = [{"question": f"What is {a} plus {b}?", "answer": f"{a} plus {b} is {a + b}, as everybody here knows."} for a in range(2, 9) for b in range(2, 9)]
     data = {"path": str(write(tmp_path / "sums.jsonl", rows)), "format": "alpaca", "columns": {"instruction": "question", "output": "answer"}, "held_out": 8, "length": 128}
     config = tmp_path / "run.yaml"
-    config.write_text(json.dumps({"model": str(assets.model_folder()), "passes": "lora(rank=8) | quantize(nf4) | fuse | loss", "data": data,
+    config.write_text(json.dumps({"model": str(assets.model_folder()), "passes": "lora(rank=8) | fuse | loss", "data": data,
                                   "trainer": {"steps": 8, "batch_size": 4, "lr": 2e-3, "seed": 0, "progress": False, "output_dir": str(tmp_path / "out"), "validate_every": 4}}))
     assert main(["train", str(config)]) == 0
     losses = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]

@@ -151,7 +151,7 @@ def _from_blocks(sample: Sample, template: Template, ends: Ends, turns: Sequence
     spans = [span for span in spans if span[0] < span[1]]
     if len(spans) == len(every):
         found = [(i, span) for i, span in zip(every, spans, strict=True) if i in turns]
-    elif not first:
+    elif every and not first:
         found = [(every[-1], span) for span in spans]
     else:
         raise _refused(template, turns[0] if turns else first, f"{len(spans)} {{% generation %}} blocks were written for {len(every)} turns: which are of the completion is not known")
