@@ -79,7 +79,7 @@ def curve(lines: Mapping[str, Sequence[tuple[float, float]]], over: str = "step"
         if len(lines) > 1:
             drawn.append(f"<text x={EDGE + 90 * number} y=10 style='fill:{colour}'>{html.escape(name)}</text>")
     labels = "".join(f"<text x={x} y={y} text-anchor={side}>{text}</text>" for x, y, side, text in (
-        (EDGE - 4, 16, "end", shown(float(high))), (EDGE - 4, HEIGHT - 22, "end", shown(float(low))), (EDGE, HEIGHT - 6, "start", f"{over} {left:g}"), (WIDTH - 8, HEIGHT - 6, "end", f"{right:g}")))
+        (EDGE - 4, 16, "end", f"{high:.4g}"), (EDGE - 4, HEIGHT - 22, "end", f"{low:.4g}"), (EDGE, HEIGHT - 6, "start", f"{over} {left:g}"), (WIDTH - 8, HEIGHT - 6, "end", f"{right:g}")))
     if mark is not None:
         x = EDGE + (mark - left) / across * (WIDTH - EDGE - 8)
         drawn.append(f"<line x1={x:.1f} x2={x:.1f} y1=12 y2={HEIGHT - 24} stroke='#999' stroke-dasharray='3 3'><title>{shown(float(mark))}</title></line>")
