@@ -124,3 +124,36 @@ def test_training_is_that_of_one_process(passes: str | None, world: int, tmp_pat
             each["files"], each["weights"] = expected["files"], each["weights"] | {name: value for name, value in expected["weights"].items() if name.startswith("merged")}
         alike(each, expected)
         assert each["bytes"] < 1.1 / world * expected["bytes"]
+
+
+class Stepped(nn.Module):
+    """A LightningModule's shape, around an optimized model: its steps do not call the module itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.factor = fxopt.optimize(Model(), "canonicalize | fuse"), nn.Parameter(torch.ones(3))
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return self.net(**batch)["loss"] * self.factor.mean()
+
+    def validation_step(self, batch: Any, index: int) -> Tensor:
+        loss = self.net(**batch)["loss"] * self.factor.mean()
+        self.log("val_loss", loss)  # type: ignore[operator]
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def stepped(strategy: str, **more: Any) -> dict[str, Any]:
+    module = Stepped()
+    result = fxopt.Trainer(steps=3, seed=0, progress=False, count=supervised, strategy=strategy, **more).fit(module, samples(), samples(4))
+    return {"losses": result.losses, "norms": [step.grad_norm for step in result.steps], "val_loss": result.metrics["val_loss"], "files": {}, "weights": _arrays(module)}
+
+
+@pytest.mark.slow
+def test_a_module_with_steps_of_its_own() -> None:
+    """The optimized model is a part of it, and is captured when its weights are in pieces already."""
+    expected = stepped("single", accumulate=2)
+    for found in together(2, lambda rank: stepped("fsdp")):
+        alike(found, expected)

@@ -197,7 +197,7 @@ class Dispatcher(Checking):
         if found is None:
             with self.weights.stand_ins():
                 found = self._lower(entry, self.passes if assuming or not entry.assumptions else without_assumptions(self.passes), call, check)
-            self.weights.accept(found.schedule)
+            self.weights.accept(self.model, found.schedule)
             if assuming:
                 entry.assuming = found
             else:

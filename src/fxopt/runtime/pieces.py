@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 
 from fxopt.ir.regions import Schedule, repeated_blocks
 from fxopt.runtime.averages import WHOLE
-from fxopt.runtime.binding import locate
+from fxopt.runtime.binding import live_state, locate
 from fxopt.runtime.stored import StoredWeight
 
 # torch 2.13 gave them new names, and warns of the old.
@@ -190,10 +190,10 @@ class Unit:
         return all(flat.gathered for flat in self.flats)
 
 
-def units_of(model: nn.Module, schedules: Sequence[Schedule], ranks: Ranks) -> list[Unit]:
+def units_of(model: nn.Module, schedules: Sequence[tuple[nn.Module, Schedule]], ranks: Ranks) -> list[Unit]:
     """A unit for each repeated block, and one for the rest, last."""
     blocks = {name: model.get_submodule(name) for name in repeated_blocks(model)}
-    outside = {id(locate(model, name)[1][locate(model, name)[2]]) for schedule in schedules for name in read_outside(schedule) if _exists(model, name)}
+    outside = {id(value) for owner, schedule in schedules for value in live_state(owner, [name for name in read_outside(schedule) if exists(owner, name)]).values()}
     owners: dict[int, set[str | None]] = {}
     members: dict[int, Member] = {}
     for path, module in model.named_modules():
@@ -217,7 +217,8 @@ def _flats(members: Sequence[Member], ranks: Ranks) -> list[Flat]:
     return [Flat(group, ranks) for group in kinds.values()]
 
 
-def _exists(model: nn.Module, name: str) -> bool:
+def exists(model: nn.Module, name: str) -> bool:
+    """Whether a model has a parameter or buffer of this name."""
     try:
         locate(model, name)
     except KeyError:

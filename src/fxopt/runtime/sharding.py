@@ -25,7 +25,7 @@ from fxopt.errors import CallError
 from fxopt.ir.regions import Schedule
 from fxopt.runtime.averages import WHOLE
 from fxopt.runtime.binding import locate
-from fxopt.runtime.pieces import Flat, Member, Ranks, Unit, drawn, read_outside, units_of
+from fxopt.runtime.pieces import Flat, Member, Ranks, Unit, drawn, exists, read_outside, units_of
 from fxopt.torch_private import in_backward, pytree
 
 
@@ -40,7 +40,7 @@ class Unsharded:
         """See `Sharding`."""
         return contextlib.nullcontext()
 
-    def accept(self, schedule: Schedule) -> None:
+    def accept(self, model: nn.Module, schedule: Schedule) -> None:
         """See `Sharding`."""
 
 
@@ -49,11 +49,11 @@ class Sharding(Unsharded):
 
     Args:
         model: whole, and with the same weights on all ranks. callers: the modules whose call is the model's (an optimized model, and its
-            original). schedules: of programs that run in place of the model's code. ranks: who holds the pieces.
+            original). schedules: of programs that run in place of a module's code, with that module. ranks: who holds the pieces.
     """
 
-    def __init__(self, model: nn.Module, callers: Sequence[nn.Module], schedules: Sequence[Schedule], ranks: Ranks) -> None:
-        self.model, self.ranks = model, ranks
+    def __init__(self, model: nn.Module, callers: Sequence[nn.Module], schedules: Sequence[tuple[nn.Module, Schedule]], ranks: Ranks) -> None:
+        self.ranks = ranks
         self.units = units_of(model, schedules, ranks)
         self.root = self.units[-1]
         self.flat_of = {id(member.held): (flat, member) for unit in self.units for flat in unit.flats for member in flat.members}
@@ -108,14 +108,16 @@ class Sharding(Unsharded):
                 for (store, name), value in zip(member.places, values, strict=True):
                     store[name] = value
 
-    def accept(self, schedule: Schedule) -> None:
-        """Whether a program that is new may run on the pieces.
+    def accept(self, model: nn.Module, schedule: Schedule) -> None:
+        """Whether a program of this model that is new may run on the pieces.
 
         Raises:
             CallError: it reads a block's weights outside of the block's call.
         """
         for name in read_outside(schedule):
-            _, store, leaf = locate(self.model, name)
+            if not exists(model, name):  # a constant of the program
+                continue
+            _, store, leaf = locate(model, name)
             unit = next((unit for unit in self.units[:-1] for member in unit.members if any(place[0] is store and place[1] == leaf for place in member.places)), None)
             if unit is not None:
                 raise CallError("a program that was captured after the weights were sharded reads them outside of their block", where=name,

@@ -52,13 +52,13 @@ def evaluate(task: Task, model: nn.Module, source: Source, stage: str, state: St
                     spare = next((given for given in strategy.share(batch) if given is not None), None)
                 if batch is None:
                     if strategy.lockstep:  # the others' forwards need this rank's part of the weights
-                        with precision():
+                        with precision(), strategy.no_sync(model, True):
                             task.evaluate(model, to_device(spare, device), index, stage, Means())
                     continue
                 number += 1
                 batch = to_device(batch, device)
                 events(before, state, batch, index)
-                with precision():
+                with precision(), strategy.no_sync(model, True):
                     output = task.evaluate(model, batch, index, stage, means)
                 if outputs is not None:
                     outputs.append(output)

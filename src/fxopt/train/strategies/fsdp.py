@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fxopt.errors import CallError, DataError
-from fxopt.ir.regions import Schedule
 from fxopt.runtime.averages import BY_BLOCK
 from fxopt.runtime.pieces import Ranks
 from fxopt.runtime.sharding import Sharding, Unsharded
@@ -37,19 +36,30 @@ class FSDP(DDP):
     def setup(self, model: nn.Module) -> nn.Module:
         """See `Strategy`."""
         super().setup(model)
-        dispatcher = getattr(model, "dispatcher", None) if callable(getattr(type(model), "prepare", None)) else None
-        lowered = [] if dispatcher is None else dispatcher.lowered()
-        if any(each.binding is not None and each.binding.hoisting is not None for each in lowered):
+        optimized = _optimized(model)
+        if any(str(each).partition("(")[0] == "hoist" for module in optimized for each in module.dispatcher.passes):
             raise DataError("`hoist` keeps what leaves frozen regions, and does not run them; the weights of those are in pieces.", where="strategy fsdp", do="Leave the pass out, or use strategy ddp.")
-        schedules: list[Schedule] = [each.schedule for each in lowered]
-        callers = [model] if dispatcher is None else [model, dispatcher.model]
-        self.sharding = Sharding(model if dispatcher is None else dispatcher.model, callers, schedules, Ranks(self.rank, self.world, self._exchange))
-        if dispatcher is not None:
-            dispatcher.weights = self.sharding
+        schedules = [(module.dispatcher.model, each.schedule) for module in optimized for each in module.dispatcher.lowered()]
+        callers = dict.fromkeys([model, *optimized, *(module.dispatcher.model for module in optimized)])
+        self.sharding = Sharding(model, list(callers), schedules, Ranks(self.rank, self.world, self._exchange))
+        for module in optimized:
+            module.dispatcher.weights = self.sharding
         return model
 
     def _exchange(self, begin: Callable[[], dist.Work], device: torch.device) -> None:
         self.processes.wait(self.processes.started(begin), device.type)
+
+    @contextlib.contextmanager
+    def no_sync(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """See `Strategy`. What lies outside of blocks is whole inside, for steps of a module's own that do not call the module."""
+        if self.sharding is None:  # an evaluation alone, of a whole model
+            yield
+            return
+        self.sharding.before_model()
+        try:
+            yield
+        finally:
+            self.sharding.after_model()
 
     def backward(self, model: nn.Module, loss: Tensor, last: bool) -> None:
         """See `Strategy`."""
@@ -99,8 +109,8 @@ class FSDP(DDP):
 
     def _forget(self, model: nn.Module) -> None:
         self.sharding = None
-        if callable(getattr(type(model), "prepare", None)):
-            model.dispatcher.weights = Unsharded()  # type: ignore[union-attr]
+        for module in _optimized(model):
+            module.dispatcher.weights = Unsharded()
 
     # -- checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -195,3 +205,8 @@ class FSDP(DDP):
             if found is not None and name in state and tuple(state[name].shape) != tuple(found[1].shape):
                 raise DataError(f"{name} is {list(state[name].shape)} in the checkpoint and {list(found[1].shape)} in the model.", do="Resume with the same model, or begin anew in another folder.")
         super().load(model, self.localized(model, state))
+
+
+def _optimized(model: nn.Module) -> list[Any]:
+    """The optimized models in a module, which may be one."""
+    return [module for module in model.modules() if callable(getattr(type(module), "prepare", None)) and hasattr(module, "dispatcher")]
