@@ -19,6 +19,7 @@ from fxopt.passes.pipeline import parse
 aten = torch.ops.aten
 OPS = {op.name: op for op in CATALOG}
 Change = Callable[[Edit, fx.Node], None]
+WRONG: list[Callable[..., Any]] = []  # ops that compute something else, see `faulty`
 
 
 @dataclass(frozen=True)
@@ -67,20 +68,24 @@ class Sabotaged(Pass):
     at: str
     nth: int
     change: Change = field(hash=False)
+    needs: int | None = None  # the number of the rewrite that made what is changed; None: the change is a rewrite of its own, behind all others
 
     def run(self, edit: Edit) -> None:
         """Run the other pass, then change its site number `nth` if there is one."""
         if self.inner is not None:
             self.inner.run(edit)
-        if self.inner is not None and len(edit.rewrites) <= self.nth and not self.at:
+        if self.inner is not None and len(edit.rewrites) <= (self.nth if not self.at else -1 if self.needs is None else self.needs):
             return  # the site was not rewritten: there is nothing to get wrong
+        own = self.inner is None or bool(self.at) and self.needs is None
+        if own and edit.spent:
+            return
         node = self.site(edit)
         before = [(each.name, each.target, each.args, each.kwargs) for each in edit.graph.nodes]
         self.change(edit, node)
         edit.dead()
         if [(each.name, each.target, each.args, each.kwargs) for each in edit.graph.nodes] == before:
             raise CheckError("the mutant changed nothing")
-        if self.inner is None:
+        if own:
             edit.rewrote("sabotage", node if node in edit.graph.nodes else edit.nodes[-1])
 
     def text(self) -> str:
@@ -194,7 +199,9 @@ def faulty(op: str, candidate: Callable[..., Any]) -> Change:
             return found[0]
         return (*found, *tuple(right)[len(found):])
 
-    wrong.__name__ = f"wrong_{op}"
+    wrong.__name__ = f"wrong_{op}_{len(WRONG)}"
+    wrong.__module__ = "mutants.passes"  # where scripts find it
+    WRONG.append(wrong)
 
     def change(edit: Edit, node: fx.Node) -> None:
         if node.target is not made.overload:

@@ -10,7 +10,7 @@ from kernels.faults import FAULTS
 
 from fxopt.ir.edit import Edit
 from mutants.graphs import DECODER, ENCODER, GPT, MIXED, first_row, read_of, stale, twice
-from mutants.mutant import Change, Mutant, argument, aten, calls, detached, dropped, faulty, instead, retargeted, swapped, through, times
+from mutants.mutant import WRONG, Change, Mutant, argument, aten, calls, detached, dropped, faulty, instead, retargeted, swapped, through, times
 
 LORA, STORED = "canonicalize | causal | lora(rank=2)", "canonicalize | causal | lora(rank=2) | quantize(format=int8)"
 READY, FUSED = "canonicalize | causal", "canonicalize | causal | fuse"
@@ -137,3 +137,4 @@ _BY_NAME = {(op, label): fault for op, label, fault in FAULTS}
 MUTANTS = [Mutant(program, before, inner, at, nth, change, label, "pass") for program, before, inner, at, nth, change, label in _PASSES]
 MUTANTS += [Mutant(program, before, inner, f"fxopt.{op}", nth, faulty(op, _BY_NAME[op, label]), f"{op}: {label}" + (" (stored weights)" if "quantize" in before else ""), "op")
             for program, before, inner, op, nth, labels in _OPS for label in labels]
+globals().update({wrong.__name__: wrong for wrong in WRONG})

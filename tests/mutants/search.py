@@ -7,7 +7,7 @@ import operator
 from dataclasses import dataclass
 
 from fxopt.ir.edit import Edit
-from fxopt.ir.program import Program, Sample
+from fxopt.ir.program import Program, Rewrite, Sample
 from fxopt.passes.bisect import bisect
 from fxopt.passes.certificate import Certificate, Stage
 from fxopt.passes.pipeline import applied, apply
@@ -29,7 +29,7 @@ class Found:
 
 
 def site_of(mutant: Mutant, before: Program) -> int | None:
-    """The number of the rewrite that made the node which a mutant changes; None if no rewrite did."""
+    """The number of the rewrite that made the node which a mutant changes, or that reads it as part of what it made; None if no rewrite did."""
     planted = mutant.planted()
     assert isinstance(planted, Sabotaged)
     if planted.inner is None or not planted.at:
@@ -38,13 +38,25 @@ def site_of(mutant: Mutant, before: Program) -> int | None:
     edit = Edit(before, "search", Sample(captured.inputs, captured.state))
     planted.inner.run(edit)
     node = planted.site(edit)
-    names = [node.name, *(user.name for user in node.users if user.target is operator.getitem)]
-    return next((i for i, rewrite in enumerate(edit.rewrites) if rewrite.node in names), None)
+    known = {each.name for each in before.nodes}
+    waiting = [node]
+    while waiting:  # forward through what the pass made
+        names = [each.name for each in waiting] + [user.name for each in waiting for user in each.users if user.target is operator.getitem]
+        found = [i for i, rewrite in enumerate(edit.rewrites) if rewrite.node in names]
+        if found:
+            return max(found)  # of several rewrites that became one operation, it is made with the last
+        waiting = [user for each in waiting if each.name not in known for user in each.users if user.name not in known]
+    return None
+
+
+def _same(a: Rewrite, b: Rewrite) -> bool:
+    """Whether two records are of one rewrite. Results of rotations are numbered anew when two become one operation: their place tells."""
+    return a == b or a.rule.startswith("rope") and dataclasses.replace(a, node=b.node) == b
 
 
 def searchable(mutant: Mutant) -> bool:
-    """Whether a rewrite of the pass made what is changed."""
-    return bool(mutant.inner) and site_of(mutant, stage_before(mutant.program, mutant.before)) is not None
+    """Whether there is a pass around the change."""
+    return bool(mutant.inner)
 
 
 def search(mutant: Mutant) -> Found:
@@ -52,14 +64,13 @@ def search(mutant: Mutant) -> Found:
     captured = program(mutant.program)
     before = stage_before(mutant.program, mutant.before)
     index = site_of(mutant, before)
-    assert index is not None
-    planted = dataclasses.replace(mutant.planted(), at="", nth=index)
+    planted = dataclasses.replace(mutant.planted(), needs=index)
     object.__setattr__(planted, "promise", mutant.planted().promise)
     sample = Sample(captured.inputs, captured.state)
     wrong = apply(planted, before, sample, promised=False)
-    expected = wrong.log[-1].rewrites[index]
+    expected = wrong.log[-1].rewrites[-1 if index is None else index]
     stage = certifier(mutant.program, before).stage(planted, before, wrong, stop=True)
     stages = (*(Stage(record.text, {}, "", "", 0, {}, ()) for record in before.log), stage)
     certificate = Certificate("", None, "", True, RUNS, SEED, {}, "", {}, stages)
     found = bisect(wrong, [*applied(before), planted], captured.inputs, captured.state, certificate=certificate)
-    return Found(found.pass_ is planted, len(found.site) <= 2 and expected in found.site, found.of, found.tried, found.repro.text.count("\n") if found.repro else 0)
+    return Found(found.pass_ is planted, len(found.site) <= 2 and any(_same(each, expected) for each in found.site), found.of, found.tried, found.repro.text.count("\n") if found.repro else 0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -17,7 +19,7 @@ import fxopt
 from fxopt.cli import main
 from fxopt.errors import CheckError
 from fxopt.ir.edit import Edit, rule_here
-from fxopt.ir.program import Program
+from fxopt.ir.program import Program, Rewrite
 from fxopt.passes.base import Pass
 from fxopt.passes.bisect import bisect, not_finite
 from fxopt.passes.pipeline import applied, apply, run
@@ -124,7 +126,12 @@ def test_fuel_stops_between_sites(text: str) -> None:
     assert len(apply(pass_, before, fuel=0).nodes) == len(before.nodes)
     for fuel in {1, len(every) // 2, len(every)}:
         some = apply(pass_, before, fuel=fuel).log[-1].rewrites
-        assert fuel <= len(some) <= fuel + 2 and some == every[: len(some)]
+        assert fuel <= len(some) <= fuel + 2 and _places(some) == _places(every[: len(some)])
+
+
+def _places(rewrites: Sequence[Rewrite]) -> list[Rewrite]:
+    """Without the names of nodes: rotations that become one operation are numbered anew."""
+    return [dataclasses.replace(each, node="") for each in rewrites]
 
 
 def test_opt_bisect() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import operator
 import os
@@ -257,6 +258,10 @@ class Edit:
         """Record a rewrite that made `node`, at the place of `old`."""
         where = meta.provenance(old or node)
         self.rewrites.append(Rewrite(rule, node.name, where.path, where.source))
+
+    def moved(self, old: fx.Node, new: fx.Node) -> None:
+        """What was recorded of `old` is of `new`, which does its work from now on (two fused ops that became one)."""
+        self.rewrites = [dataclasses.replace(each, node=new.name) if each.node == old.name else each for each in self.rewrites]
 
     def missed(self, rule: str, node: fx.Node, reason: str) -> None:
         """Record that a rule did not fire at a node, and why."""

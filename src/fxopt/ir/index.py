@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from fxopt.ir import meta
-from fxopt.ir.edit import mutates
+from fxopt.ir.edit import mutates, random
 from fxopt.torch_private import OpOverload
 
 aten = torch.ops.aten
@@ -199,12 +199,13 @@ def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def viewed(node: fx.Node) -> fx.Node | None:
-    """A node that may work only for the strides that `node`'s value has now: a view of it, or of what inherits its layout."""
+    """A node that may work only for the strides that `node`'s value has now, or give other numbers for others: a view of it, or of what
+    inherits its layout; or a draw of random numbers for such, which are drawn in the order of memory."""
     seen: set[fx.Node] = set()
     waiting = [node]
     while waiting:
         for user in waiting.pop().users:
-            if called(user, *_VIEWING):
+            if called(user, *_VIEWING) or isinstance(user.target, OpOverload) and random(user):
                 return user
             if user not in seen and not called(user, *_ANY_STRIDES):
                 seen.add(user)

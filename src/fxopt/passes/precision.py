@@ -144,6 +144,10 @@ class Precision(Pass):
                 continue
             _say_error(edit, to, before, after)
             break
+        if edit.fuel is not None:  # a rewrite is a product in 16 bits: those beyond the fuel are kept
+            products = [node.name for node in edit.nodes if node in dtypes_plan.plan(edit, to, outside=outside, inputs_beyond=beyond, without=without).narrow
+                        and dtypes.rule(node).kind is PRODUCT]
+            outside = {**outside, **dict.fromkeys(products[edit.fuel:], "no rewrites are left for it")}
         return _change(edit, to, outside, beyond, without)
 
     def _report(self, edit: Edit, chosen: dtypes_plan.Plan, casts: list[fx.Node], outside: Mapping[str, str]) -> None:

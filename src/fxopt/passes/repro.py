@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,11 +115,18 @@ def repro(pass_: Pass, good: Program, wrong: Program, case: Case, state: Mapping
         if not _fails(found, given):
             return None, "the operations before and after are equal on the values that met there: it takes more than this site"
     text = "\n".join([f'"""{str(pass_)[:120]}: the operations before and after one rewrite are not equal.', "", f"{says[:200]}", '"""', "import torch",
-                      "import fxopt.kernels.catalog  # noqa: F401  (it registers the fused operators)", "", "", *code, "", "", "g = torch.Generator().manual_seed(0)", *lines,
+                      "import fxopt.kernels.catalog  # noqa: F401  (it registers the fused operators)", *_imports(found), "", "", *code, "", "", "g = torch.Generator().manual_seed(0)", *lines,
                       f"names = [{', '.join(found.inputs)}]", *_FOOT])
     if text.count("\n") + 1 >= LINES:
         return None, f"it would take {text.count(chr(10)) + 1} lines: {len(found.old)} operations became {len(found.new)}"
     return Repro(text + "\n", len(found.old), len(found.new)), ""
+
+
+def _imports(found: Region) -> list[str]:
+    """Of the modules whose functions are called."""
+    modules = {node.target.__module__ for node in (*found.old, *found.new) if not isinstance(node.target, OpOverload) and node.target is not operator.getitem
+               and node.target not in _INFIX}
+    return [f"import {module}" for module in sorted(modules)]
 
 
 _FOOT = '''
@@ -152,9 +160,16 @@ def _call(node: fx.Node) -> str:
         return f"{args[0]}[{args[1]}]"
     if node.target in _INFIX:
         return f"{args[0]} {_INFIX[node.target]} {args[1]}"
-    if not isinstance(node.target, OpOverload):
+    if not isinstance(node.target, OpOverload) and not _importable(node.target):
         raise _Unsaid(f"a call of {getattr(node.target, '__name__', node.target)}")
-    return f"torch.ops.{node.target}({', '.join([*args, *(f'{key}={_text(value)}' for key, value in node.kwargs.items())])})"
+    name = f"torch.ops.{node.target}" if isinstance(node.target, OpOverload) else f"{node.target.__module__}.{node.target.__name__}"
+    return f"{name}({', '.join([*args, *(f'{key}={_text(value)}' for key, value in node.kwargs.items())])})"
+
+
+def _importable(target: Any) -> bool:
+    """Whether a script gets a function by the name of its module and its own."""
+    module = sys.modules.get(getattr(target, "__module__", None) or "")
+    return module is not None and module.__name__ != "__main__" and getattr(module, getattr(target, "__name__", ""), None) is target
 
 
 def _text(value: Any) -> str:

@@ -103,7 +103,9 @@ def join(edit: Edit) -> None:
             continue
         both = edit.call(_ROPE, (first.args[0], node.args[0], *node.args[2:]), like=node, before=place)
         for i, old in enumerate(turned):
-            edit.replace(old, edit.call(operator.getitem, (both, i), like=old, before=place))
+            new = edit.call(operator.getitem, (both, i), like=old, before=place)
+            edit.replace(old, new)
+            edit.moved(old, new)
             edit.erase(old)
         edit.erase(node)
         edit.erase(first)
