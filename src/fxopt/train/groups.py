@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -9,10 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from fxopt.errors import DataError
 from fxopt.runtime.counting import Items, shares
 from fxopt.runtime.scaler import Scaler
 from fxopt.train.batch import Batch, to_device
+from fxopt.train.randomness import isolated
+from fxopt.train.task import changing_buffers
 
 if TYPE_CHECKING:
     from fxopt.train.run import Run
@@ -139,7 +144,22 @@ def stand_in(run: Run, last: bool) -> None:
     run.losses.append(0.0)
     if not run.strategy.lockstep:
         return
-    with run.strategy.no_sync(run.model, last), run.autocast():
-        loss = run.task.loss(run.model, to_device(run.spare, run.device), 0)
-    if loss is not None:
-        run.strategy.backward(run.model, loss * 0.0, last)
+    with isolated(), _untouched(run.task.module):
+        with run.strategy.no_sync(run.model, last), run.autocast():
+            loss = run.task.loss(run.model, to_device(run.spare, run.device), 0)
+        if loss is not None:
+            run.strategy.backward(run.model, loss * 0.0, last)
+
+
+@contextlib.contextmanager
+def _untouched(module: nn.Module) -> Iterator[None]:
+    """Inside, the module has copies of the buffers that a forward may change (running means): which batch is spare leaves no trace."""
+    changing = {id(buffer): buffer.clone() for buffer in changing_buffers(module).values()}
+    places = [(part._buffers, name, buffer) for part in module.modules() for name, buffer in part._buffers.items() if id(buffer) in changing]
+    for store, name, buffer in places:
+        store[name] = changing[id(buffer)]
+    try:
+        yield
+    finally:
+        for store, name, buffer in places:
+            store[name] = buffer
