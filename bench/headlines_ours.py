@@ -25,8 +25,8 @@ def passes(row: Row, budget: int | None) -> str:
     if row.memory == "budget" and budget is None:
         raise SystemExit("this row needs --budget")
     memory = {"remat": "remat", "least": "memory(least)", "budget": f"memory({budget})"}[row.memory]
-    parts = ["canonicalize", "causal", f"lora(rank={RANK}, alpha={ALPHA})", "siblings", "fuse", "loss"]
-    return " | ".join([*parts, *(["pack", "compact"] if row.compact else []), memory, "dead_code"])
+    parts = ["canonicalize", "causal", f"lora(rank={RANK}, alpha={ALPHA})", "fuse", "loss"]
+    return " | ".join([*parts, *(["pack", "compact"] if row.compact else []), "siblings", memory, "dead_code"])
 
 
 def prepare(model: PreTrainedModel, job: Job) -> Prepared:

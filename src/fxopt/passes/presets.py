@@ -48,4 +48,5 @@ def finetune(rank: int = 16, alpha: float | None = None, quantize: str | None = 
     rows: tuple[Pass, ...] = (build("pack"), build("compact")) if pack else ()
     dtypes: tuple[Pass, ...] = (build("precision", precision),) if precision is not None else ()
     saved: tuple[Pass, ...] = (build("memory", memory),) if memory is not None else (Remat(),) if remat else ()
-    return Pipeline((Canonicalize(), Causal(), adapters, *stored, Siblings(), Fuse(), Loss(), *rows, *dtypes, *saved, DeadCode()))
+    # siblings behind compact: in the last layer queries have other rows than keys and values, and are no siblings of theirs
+    return Pipeline((Canonicalize(), Causal(), adapters, *stored, Fuse(), Loss(), *rows, Siblings(), *dtypes, *saved, DeadCode()))
