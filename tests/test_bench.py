@@ -251,7 +251,7 @@ def test_goals(name, of, expected):
 
 
 def test_pipelines_and_reasons():
-    assert " | loss | pack | compact | remat | " in headlines_ours.passes(ROWS["C2"], None)
+    assert " | loss | pack | compact | siblings | remat | " in headlines_ours.passes(ROWS["C2"], None)
     assert " | memory(least) | " in headlines_ours.passes(ROWS["C1"], None) and " | memory(5) | " in headlines_ours.passes(ROWS["C3"], 5)
     with pytest.raises(SystemExit, match="--budget"):
         headlines_ours.passes(ROWS["C3"], None)
