@@ -157,3 +157,18 @@ def test_a_module_with_steps_of_its_own() -> None:
     expected = stepped("single", accumulate=2)
     for found in together(2, lambda rank: stepped("fsdp")):
         alike(found, expected)
+
+
+def normalized(strategy: str) -> dict[str, np.ndarray]:
+    """Three batches on two ranks, one of which has none in the second step: the running means, and what is drawn next."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 1))
+    data = [(torch.randn(5, 4),) for _ in range(3)]
+    fxopt.Trainer(loss=lambda net, batch: net(*batch).square().mean(), steps=2, seed=0, progress=False, strategy=strategy).fit(model, data)
+    return {name: value.detach().numpy().copy() for name, value in model.named_buffers()} | {"drawn": torch.rand(3).numpy()}
+
+
+def test_a_turn_without_a_batch_leaves_no_trace() -> None:
+    """What stands in for it changes neither buffers nor random states: both are those of ddp, where such a rank does nothing."""
+    for found, expected in zip(together(2, lambda rank: normalized("fsdp")), together(2, lambda rank: normalized("ddp")), strict=True):
+        assert all(same(torch.from_numpy(found[name]), torch.from_numpy(value)) if value.ndim else found[name] == value for name, value in expected.items())
