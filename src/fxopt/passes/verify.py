@@ -33,6 +33,7 @@ NOISY_RUNS = 8
 _SURE, _FAR = 5, 1e4  # after so many runs, what is off by so many times more than rounding explains is not explained by more of them
 _NOISY_FIRST, _NEARBY_FIRST = 3, 2  # of both kinds some are among those: what cancels inside one operation shows on nearby inputs alone
 _LOW = {torch.float16, torch.bfloat16, torch.float32}
+_LOST = 2.0**20  # by how much a value inside a step may exceed the largest that it shows, where it cancels
 State = Mapping[str, torch.Tensor]
 
 
@@ -112,9 +113,11 @@ class Runs:
 
     def _rounding_of_fp64(self) -> Iterator[dict[str, float]]:
         truth = self.truth
+        # noise also breaks ties, which is no rounding: what it does is bounded by the largest value of the step
+        most = _LOST * torch.finfo(torch.float64).eps * max((_error(value, torch.zeros_like(value)) for value in truth.values()), default=0.0)
         for i in range(NOISY_RUNS):
             noisy = values(self.program, self.inputs, self.state, double=True, draws=self.draws, noise=SEED + i, fine=True, scalars=self.scalars, derive=self.derive)
-            yield {name: _error(noisy[name], truth[name]) for name in noisy.keys() & truth.keys()}
+            yield {name: min(_error(noisy[name], truth[name]), most) for name in noisy.keys() & truth.keys()}
 
     def _rounding(self) -> Iterator[dict[str, float]]:
         own, truth = self.own, self.truth
