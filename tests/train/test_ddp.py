@@ -35,8 +35,9 @@ class Bigram(nn.Module):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
+        # The last parameters are exchanged first: what may lack a gradient comes first, or nothing would begin during a backward.
+        self.never, self.even = nn.Linear(4, 4, dtype=torch.float64), nn.Linear(4, 4, dtype=torch.float64)
         self.embed, self.head = nn.Embedding(VOCABULARY, 4, dtype=torch.float64), nn.Linear(4, VOCABULARY, dtype=torch.float64)
-        self.even, self.never = nn.Linear(4, 4, dtype=torch.float64), nn.Linear(4, 4, dtype=torch.float64)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
         hidden = self.embed(input_ids)
