@@ -43,8 +43,8 @@ class Implementation:
 
 
 # The interpreter takes a second for a handful of cases: all of them on every op take half of the CI's time. `pytest -m slow` runs all.
-INTERPRETED = 0.25
-COMPOSED = 0.5  # of the ATen bodies' cases
+INTERPRETED = 0.15
+COMPOSED = 0.25  # of the ATen bodies' cases
 
 
 def _to_gpu(tensor: torch.Tensor) -> torch.Tensor:
