@@ -16,7 +16,7 @@ from fxopt.runtime.counting import supervised_items
 from fxopt.train.batch import real_tokens
 from fxopt.train.trainer import fit
 from fxopt.runtime.memory import peak_bytes, reset_peak, resident_bytes
-from fxopt.train.progress import line
+from fxopt.train.progress import Progress
 from fxopt.train.schedule import make_schedule
 
 
@@ -293,7 +293,7 @@ def test_progress_is_plain_when_piped(capsys: pytest.CaptureFixture[str], monkey
 def test_progress_is_one_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     model, result, _ = run(make_batches(3))
     state = State(model, torch.optim.SGD(model.parameters()), 100, history=list(result.steps))
-    text = line(state, "demo")
+    text = Progress(name="demo").line(state)
     assert text.startswith("demo · step 3/100 · loss ") and text.endswith(" left") and "\n" not in text
 
 
