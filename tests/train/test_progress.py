@@ -48,7 +48,7 @@ def test_the_flops_are_those_of_the_products() -> None:
     shown.elements.extend([elements(batch)] * 8)
     assert f"MFU {found.flops * elements(batch) / 0.5 / found.peak:.1%}" in shown.line(state)
     plain = work(Two(), [], batch)
-    assert plain.flops is None and plain.says(1, 4, 2.0) == f"{plain.moved * 2 / 1e9:,.1f} GB/s" and plain.moved == 4 * sum(p.nbytes for p in Two().parameters())
+    assert plain.flops is None and plain.says(1, 4, 2.0) == f"{plain.moved * 2 / 1e9:.3g} GB/s" and plain.moved == 4 * sum(p.nbytes for p in Two().parameters())
 
 
 @pytest.mark.parametrize(("saves", "seconds"), [(None, None), (Checkpoints(every=10, unit="step"), 2), (Checkpoints(every=2), 2 + 10), (Checkpoints(every=7, unit="batch"), 3)])

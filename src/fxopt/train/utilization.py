@@ -40,7 +40,7 @@ class Work:
         """For a progress line: "MFU 41%", or "3.2 GB/s"."""
         if self.flops is not None:
             return f"MFU {self.flops * elements / seconds / self.peak:.1%}"
-        return f"{self.moved * steps / seconds / 1e9:,.1f} GB/s"
+        return f"{self.moved * steps / seconds / 1e9:.3g} GB/s"
 
 
 def elements(batch: Batch) -> int:
