@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -116,13 +117,44 @@ def test_a_checkpointed_block_saves_little() -> None:
 
 def test_patches_are_undone_also_after_an_error() -> None:
     def state() -> tuple[Any, ...]:
-        return torch.autograd.Function.__dict__["apply"], torch.utils.checkpoint.CheckpointFunction, nn.Module.to, torch._dynamo.config.fake_tensor_cache_enabled
+        return (torch.autograd.Function.__dict__["apply"], torch.utils.checkpoint.CheckpointFunction, nn.Module.to, torch._dynamo.config.fake_tensor_cache_enabled,
+                ShapeEnv.evaluate_expr)
 
     before = state()
-    with pytest.raises(ZeroDivisionError), torch_patches.for_capture():
+    with pytest.raises(ZeroDivisionError), torch_patches.for_capture(), torch_patches.bounded_sizes():
         assert not any(a is b for a, b in zip(before, state(), strict=True))
         1 / 0
     assert state() == before
+
+
+class Windows(nn.Module):
+    """An image padded to whole windows, and halved, stage after stage: sizes of sizes."""
+
+    def __init__(self, stages: int = 5) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(3))
+        self.stages = stages
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.stages):
+            x = F.pad(x, (0, -x.shape[3] % 3, 0, -x.shape[2] % 3))
+            n, c, h, w = x.shape
+            x = x.view(n, c, h // 3, 3, w // 3, 3).softmax(5).reshape(n, c, h, w)
+            x = x[:, :, 0 : h - h % 2 : 2, 0 : w - w % 2 : 2]
+        return (x * self.gain.view(1, 3, 1, 1)).square().mean()
+
+
+def test_sizes_that_grow_too_much_are_fixed_and_said() -> None:
+    eager = Windows()
+    opt = fxopt.optimize(copy.deepcopy(eager))
+    for size in ((2, 3, 64, 80), (3, 3, 64, 80), (2, 3, 96, 64)):
+        x = torch.randn(size, generator=torch.Generator().manual_seed(0))
+        for model in (eager, opt):
+            model.zero_grad()
+            model(x).backward()
+        assert same(opt.model.gain.grad, eager.gain.grad)
+    assert any("image sizes are fixed" in note for note in opt.dispatcher.notes)
+    assert len(next(iter(opt.dispatcher.entries.values()))) == 2  # the number of images is not
 
 
 class Branches(nn.Module):

@@ -19,6 +19,7 @@ from fxopt.ir.autocast import Casting, Casts, State
 from fxopt.ir.blocks import Blocks
 from fxopt.ir.copies import copy_in
 from fxopt.ir.edit import copy_graph, inputs_first, read_state
+from fxopt.ir.export import traced
 from fxopt.ir.program import Program, ShapeGuards, Signature, Slot
 from fxopt.ir.regions import repeated_blocks
 from fxopt.ir.structure import opened
@@ -120,14 +121,14 @@ def capture(model: nn.Module, call: Call, *, exact: bool = False, share: bool = 
     Args:
         exact: capture with the call's own sizes, also where they are 1 (the program then covers only those).
         share: trace repeated blocks that are alike once (see `ir.blocks`); the program is the same.
-        note: told why blocks were traced one by one after all, in a sentence.
+        note: told why blocks were traced one by one after all, or sizes fixed, in a sentence.
 
     Raises:
         Untraceable: with the module path and the user's source line at which the export failed.
         CaptureError: a graph came out that cannot be a Program.
     """
     grad = torch.is_grad_enabled()
-    places = torch_patches.CallTrace(model)
+    places = torch_patches.CallTrace(model, note)
     examples = _copies(call) if exact else example_tensors(call)
     doubled = any(a.shape != b.shape for a, b in zip(examples, call.tensors))
     returned = Returned()
@@ -171,10 +172,9 @@ def _shared(model: nn.Module, call: Call, examples: tuple[torch.Tensor, ...], pl
 
 def _export(model: nn.Module, call: Call, examples: tuple[torch.Tensor, ...], places: torch_patches.CallTrace, returned: Returned,
             blocks: Blocks | None = None) -> Any:
-    shapes = (tuple({d: torch.export.Dim.AUTO for d in range(t.dim())} for t in examples),)
     sharing = blocks.sharing() if blocks is not None else contextlib.nullcontext()
     with _as_function_of_tensors(model, call, returned), places.recording(), torch_patches.for_capture(), sharing:
-        return torch.export.export(model, examples, dynamic_shapes=shapes, strict=False)
+        return traced(model, examples, places.note)
 
 
 def _first_line(error: BaseException) -> str:

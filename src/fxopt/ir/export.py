@@ -1,0 +1,33 @@
+"""torch.export with every size dynamic, or where that is too much, with those of images fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from fxopt.ir.torch_patches import LARGEST_SIZE, bounded_sizes
+
+
+def traced(model: nn.Module, examples: tuple[torch.Tensor, ...], note: Callable[[str], None]) -> Any:
+    """The exported program of a model for tensors like these.
+
+    Windows of an image that is padded to whole ones, and halved from stage to stage, have sizes whose expressions double with each step: one such
+    model took more than 15 minutes. There the dimensions behind the second one of floating point tensors are fixed to the example's, which is
+    noted: another size is captured on its own.
+    """
+    with bounded_sizes() as grew:
+        try:
+            return _export(model, examples, fixed=False)
+        except Exception:
+            if not grew:
+                raise
+    note(f"image sizes are fixed to those of the call: expressions of them grow beyond {LARGEST_SIZE} terms; each other size is captured on its own")
+    return _export(model, examples, fixed=True)
+
+
+def _export(model: nn.Module, examples: tuple[torch.Tensor, ...], fixed: bool) -> Any:
+    sizes = tuple({d: torch.export.Dim.AUTO for d in range(min(t.dim(), 2) if fixed and t.is_floating_point() else t.dim())} for t in examples)
+    return torch.export.export(model, examples, dynamic_shapes=(sizes,), strict=False)
