@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from captured import Captured, data, family, function, weight
 
+import fxopt
 from fxopt.errors import CheckError, PassError
 from fxopt.ir.edit import Edit
 from fxopt.ir.program import Lazy
@@ -271,3 +272,19 @@ def test_a_wrong_rule_would_show() -> None:
         family("granite").after("canonicalize").check(Unscaled())
     with pytest.raises(CheckError, match="differs"):
         function(ALONE["gathered"][0], H, WIDE_LABELS, w=WIDE).after("canonicalize").check(Unscaled())
+
+
+def test_an_ignored_label_that_is_a_size_is_left_alone() -> None:
+    """As in question answering: positions behind the last one are clamped to the length, which the loss then ignores."""
+
+    class Answers(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(4, 1)
+
+        def forward(self, x: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+            logits = self.head(x).squeeze(-1)
+            return F.cross_entropy(logits, start.clamp(0, logits.shape[1]), ignore_index=logits.shape[1])
+
+    opt = fxopt.optimize(Answers(), "canonicalize | loss", inputs=(torch.randn(3, 6, 4), torch.tensor([1, 9, 2])))
+    assert "the label that it ignores is a size of the call" in opt.report

@@ -76,7 +76,7 @@ def domain(placeholder: fx.Node) -> Domain | None:
             elif user.target in _LOSSES and user.args[1] is node:
                 logits = meta.tensor(user.args[0])
                 highs += _size(user.args[0], 1 if logits is not None and logits.dim() > 1 else 0)
-                ignored.append(int(full_arguments(user)["ignore_index"]))
+                ignored += [index] if isinstance(index := full_arguments(user)["ignore_index"], int) else []
             elif (user.target in _KEEPS or is_view(user)) and user.args[0] is node and user not in seen:
                 seen.add(user)
                 waiting.append(user)

@@ -83,6 +83,8 @@ def read_term(node: fx.Node) -> Term | str | None:
     if "weight" in given:
         return "the classes are weighted"
     options = (given.get("ignore_index", -100), REDUCTIONS[given.get("reduction", 1)], given.get("label_smoothing", 0.0))
+    if not isinstance(options[0], int):
+        return "the label that it ignores is a size of the call, not a number"
     term = Term(node, logits, target, (), (), *options)
     if meta.tensor(logits).dim() > 2 and (last := _classes_last(logits)) is not None:
         term = replace(term, logits=last, chain=(logits,))

@@ -55,6 +55,8 @@ class RowLoss:
             return "its labels are not one class for each row"
         if given.get("reduction", 1) in (0, "none"):
             return "it is a loss of each row"
+        if not isinstance(given.get("ignore_index", -100), int):
+            return "the label that it ignores is a size of the call, not a number"
         wanted = [user.args[1] for user in node.users if user.target is operator.getitem]
         if any(item not in plain for item in wanted):
             return "statistics of each row are read of it"
