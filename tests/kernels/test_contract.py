@@ -41,7 +41,7 @@ def on_cases(op, check, examples, accept=lambda case: True, phases=(Phase.genera
 
 def where_it_runs(where, check, examples, accept=lambda case: True):
     """Run check on drawn cases of an implementation, on its device."""
-    examples = max(4, round(where.share * examples))
+    examples = max(10, round(where.share * examples))
     with where.running("operators" if examples >= 200 else "ops"):
         on_cases(where.op, lambda case: check(where.on_device(case)), examples, accept)
 
