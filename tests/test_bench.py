@@ -271,3 +271,7 @@ def test_systems_bring_what_they_are_compared_with():
     assert headlines.wanted(ROWS["C2"], ["compile-grouped"]) == ["eager-grouped", "compile-grouped"]
     assert headlines.wanted(ROWS["C5"], None) == headlines.wanted(ROWS["C5"], None, every=True) == list(ROWS["C5"].systems)
     assert "compile-blocks" in set(ROWS["C1"].systems) - set(headlines.wanted(ROWS["C1"], None))
+
+
+def test_the_page_shows_the_records():
+    assert report.PAGE.read_text() == report.page()
