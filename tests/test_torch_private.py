@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,9 @@ def test_a_subclass_can_have_sizes_alone() -> None:
 
     made = private.make_wrapper_subclass(Sized, (2**20, 2**20), dtype=torch.bfloat16)
     assert type(made) is Sized and made.shape == (2**20, 2**20) and made.dtype is torch.bfloat16
+
+
+def test_tags_of_operators_are_those_of_the_oldest_torch() -> None:
+    """`inplace` came with torch 2.12 or later, and with it every model that writes in place was refused under 2.11."""
+    used = {name for file in Path(private.__file__).parent.rglob("*.py") for name in re.findall(r"torch\.Tag\.(\w+)", file.read_text(encoding="utf-8"))}
+    assert used and used <= {"nondeterministic_seeded", "pointwise", "pt2_compliant_tag", "reduction"}

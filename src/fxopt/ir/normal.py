@@ -147,7 +147,8 @@ def _without_writes(edit: Edit) -> None:
 
 def _functional(target: Any) -> Any:
     """The operator without the trailing underscore, if it takes the same arguments."""
-    if not isinstance(target, OpOverload) or torch.Tag.inplace not in target.tags or target.namespace != "aten":
+    # By the name and the schema: the tag `inplace` is younger than torch 2.11.
+    if not isinstance(target, OpOverload) or target.namespace != "aten" or not target._schema.is_mutable or not target._schema.name.endswith("_"):
         return None
     packet = getattr(aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
     found = getattr(packet, target._overloadname, None) if packet is not None else None

@@ -219,7 +219,7 @@ _LIGHT_ATEN = {
     aten.native_batch_norm.default, aten._native_batch_norm_legit.default, aten._native_batch_norm_legit_no_training.default, aten.stack.default,
     aten.flip.default, aten.roll.default, aten.tril.default, aten.triu.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor,
 }
-_LIGHT_TAGS = {torch.Tag.pointwise, torch.Tag.reduction} if hasattr(torch.Tag, "reduction") else {torch.Tag.pointwise}
+_LIGHT_TAGS = {torch.Tag.pointwise, torch.Tag.reduction}
 _REDUCTIONS = {"sum", "mean", "amax", "amin", "var", "var_mean", "prod", "any", "all", "linalg_vector_norm", "argmax", "argmin", "max", "min"}
 
 
