@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, StatelessSymbolicContext
 
 from fxopt import torch_private as private
 
@@ -176,3 +177,13 @@ def test_tags_of_operators_are_those_of_the_oldest_torch() -> None:
     """`inplace` came with torch 2.12 or later, and with it every model that writes in place was refused under 2.11."""
     used = {name for file in Path(private.__file__).parent.rglob("*.py") for name in re.findall(r"torch\.Tag\.(\w+)", file.read_text(encoding="utf-8"))}
     assert used and used <= {"nondeterministic_seeded", "pointwise", "pt2_compliant_tag", "reduction"}
+
+
+def test_composite_operators_take_symbolic_sizes_in_python() -> None:
+    """Without the dispatcher torch 2.11's `linear` without bias asks symbolic sizes for the number of elements."""
+    mode = private.FakeTensorMode(shape_env=ShapeEnv())
+    sizes = StatelessSymbolicContext(dynamic_sizes=[private.DimDynamic.DYNAMIC, private.DimDynamic.DYNAMIC, private.DimDynamic.STATIC])
+    x, weight = mode.from_tensor(torch.zeros(3, 5, 8), symbolic_context=sizes), mode.from_tensor(torch.zeros(4, 8), static_shapes=True)
+    with mode, torch.no_grad(), private.enable_python_dispatcher():
+        found = torch.ops.aten.linear.default(x, weight)
+    assert found.shape == (*x.shape[:2], 4)

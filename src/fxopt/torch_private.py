@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch._C._dynamo.guards import TensorGuards
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.source import ConstantSource
 from torch._functorch import aot_autograd
@@ -26,7 +27,7 @@ if torch.distributed.is_available():  # some builds of torch come without it
 
 __all__ = ["ConstantSource", "DataDependentOutputException", "DimDynamic", "DisableTorchFunctionSubclass", "DynamicOutputShapeException", "FakeTensor",
            "FakeTensorMode", "HigherOrderOperator", "OpOverload",
-           "TorchDispatchMode", "aot_autograd", "cpu_has", "default_store", "detect_fake_mode", "dynamo_config", "foreach_copy_", "foreach_lerp_", "foreach_mul", "foreach_mul_",
+           "TorchDispatchMode", "aot_autograd", "cpu_has", "default_store", "detect_fake_mode", "dynamo_config", "enable_python_dispatcher", "foreach_copy_", "foreach_lerp_", "foreach_mul", "foreach_mul_",
            "foreach_norm", "fused_adamw_", "has_kernel", "in_backward", "make_fx", "make_wrapper_subclass", "pytree", "set_grad_enabled", "tensor_guards"]
 
 make_wrapper_subclass = torch.Tensor._make_wrapper_subclass
