@@ -187,3 +187,11 @@ def test_composite_operators_take_symbolic_sizes_in_python() -> None:
     with mode, torch.no_grad(), private.enable_python_dispatcher():
         found = torch.ops.aten.linear.default(x, weight)
     assert found.shape == (*x.shape[:2], 4)
+
+
+def test_hooks_on_all_buffers_are_in_one_place() -> None:
+    before = dict(private.buffer_hooks)
+    handle = nn.modules.module.register_module_buffer_registration_hook(lambda module, name, buffer: None)
+    assert len(private.buffer_hooks) == len(before) + 1
+    handle.remove()
+    assert dict(private.buffer_hooks) == before

@@ -19,6 +19,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic
+from torch.nn.modules.module import _global_buffer_registration_hooks as buffer_hooks
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,7 +28,7 @@ if torch.distributed.is_available():  # some builds of torch come without it
 
 __all__ = ["ConstantSource", "DataDependentOutputException", "DimDynamic", "DisableTorchFunctionSubclass", "DynamicOutputShapeException", "FakeTensor",
            "FakeTensorMode", "HigherOrderOperator", "OpOverload",
-           "TorchDispatchMode", "aot_autograd", "cpu_has", "default_store", "detect_fake_mode", "dynamo_config", "enable_python_dispatcher", "foreach_copy_", "foreach_lerp_", "foreach_mul", "foreach_mul_",
+           "TorchDispatchMode", "aot_autograd", "buffer_hooks", "cpu_has", "default_store", "detect_fake_mode", "dynamo_config", "enable_python_dispatcher", "foreach_copy_", "foreach_lerp_", "foreach_mul", "foreach_mul_",
            "foreach_norm", "fused_adamw_", "has_kernel", "in_backward", "make_fx", "make_wrapper_subclass", "pytree", "set_grad_enabled", "tensor_guards"]
 
 make_wrapper_subclass = torch.Tensor._make_wrapper_subclass

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 from fxopt.ir.torch_patches import LARGEST_SIZE, bounded_sizes
+from fxopt.torch_private import buffer_hooks
 
 
 def traced(model: nn.Module, examples: tuple[torch.Tensor, ...], note: Callable[[str], None]) -> Any:
@@ -30,4 +31,13 @@ def traced(model: nn.Module, examples: tuple[torch.Tensor, ...], note: Callable[
 
 def _export(model: nn.Module, examples: tuple[torch.Tensor, ...], fixed: bool) -> Any:
     sizes = tuple({d: torch.export.Dim.AUTO for d in range(min(t.dim(), 2) if fixed and t.is_floating_point() else t.dim())} for t in examples)
-    return torch.export.export(model, examples, dynamic_shapes=(sizes,), strict=False)
+    places, hooks = [(module, dict(module._buffers)) for module in model.modules() if module._buffers], dict(buffer_hooks)
+    try:
+        return torch.export.export(model, examples, dynamic_shapes=(sizes,), strict=False)
+    finally:
+        # An export that fails under torch 2.11 leaves fake tensors where the code has put others in a buffer's place, and its hook on all
+        # modules, which refuses real ones.
+        for module, held in places:
+            module._buffers.update(held)
+        buffer_hooks.clear()
+        buffer_hooks.update(hooks)
