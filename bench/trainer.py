@@ -28,7 +28,7 @@ from fxopt.runtime.optim import AdamW
 from fxopt.train.schedule import make_schedule
 from fxopt.train.trainer import Trainer
 
-STEPS = 20
+STEPS = 100
 ALLOWED = 0.02
 Data = Sequence[tuple[Tensor, Tensor]]
 
@@ -114,7 +114,7 @@ KEEP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=20)
     rounds = parser.parse_args(argv).rounds
     if any(os.environ.get(name) != value for name, value in KEEP.items()):
         return subprocess.run([sys.executable, "-m", "bench.trainer", "--rounds", str(rounds)], env={**os.environ, **KEEP}).returncode
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bad = False
     for name, channels, held in ROWS:
         make = optimized(channels) if "optimized" in name else lambda channels=channels: Convolutions(channels)
-        found = {"row": name, "channels": channels, **measure(make, images(STEPS if channels < 100 else STEPS // 2), max(5, rounds * 16 // channels))}
+        found = {"row": name, "channels": channels, **measure(make, images(STEPS if channels < 100 else STEPS // 5), max(5, rounds * 16 // channels))}
         bad |= not found["equal"] or held and found["ratio"] > 1 + ALLOWED
         lines.append(json.dumps(found))
         print(f"{name}, {channels} channels: bare {found['bare'] * 1e3:.3f} ms, trainer {found['trainer'] * 1e3:.3f} ms ({found['ratio'] - 1:+.1%}), losses {'equal' if found['equal'] else 'DIFFER'}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from fxopt.ir.edit import copy_graph, inputs_first, read_state
 from fxopt.ir.export import traced
 from fxopt.ir.program import Program, ShapeGuards, Signature, Slot
 from fxopt.ir.regions import repeated_blocks
-from fxopt.ir.structure import opened
+from fxopt.ir.structure import flattened, opened
 from fxopt.torch_private import OpOverload, pytree, set_grad_enabled
 
 aten = torch.ops.aten
@@ -40,9 +39,7 @@ class Call:
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """Flatten a call. Dataclasses are opened; other objects that pytree does not know stay leaves (constants)."""
-        flat, spec = pytree.tree_flatten((args, dict(kwargs)))
-        if any(map(dataclasses.is_dataclass, flat)):
-            flat, spec = pytree.tree_flatten(opened((args, dict(kwargs)), only=dataclasses.is_dataclass))
+        flat, spec = flattened(args, kwargs)
         leaves = tuple(None if isinstance(x, torch.Tensor) else (x,) for x in flat)
         return cls(spec, leaves, tuple(x for x in flat if isinstance(x, torch.Tensor)))
 

@@ -198,8 +198,11 @@ def _values(program: Program, inputs: Sequence[Any], state: Mapping[str, torch.T
         if node.op == "get_attr":
             env[node] = state[node.target] if node.target in state else program.constants[node.target]
         elif node.op == "call_function":
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-            env[node] = node.target(*args, **kwargs)
+            if node.kwargs or any(isinstance(arg, (tuple, list)) for arg in node.args):
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+                env[node] = node.target(*args, **kwargs)
+            else:
+                env[node] = node.target(*[env[arg] if isinstance(arg, fx.Node) else arg for arg in node.args])
     return [env[value] if isinstance(value, fx.Node) else value for value in program.outputs]
 
 

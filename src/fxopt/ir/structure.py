@@ -1,8 +1,9 @@
-"""The structure of return values: pytrees, and plain objects that hold tensors (dataclasses, key-value caches)."""
+"""The structure of calls and return values: pytrees, and plain objects that hold tensors (dataclasses, key-value caches)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ import torch
 from fxopt.torch_private import pytree
 
 DEPTH = 8  # of objects in objects
+_FLAT_TYPES = frozenset({torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)})
+_FLAT_SPECS: dict[tuple[int, tuple[str, ...]], pytree.TreeSpec] = {}
 
 
 class Opened:
@@ -42,6 +45,20 @@ def opened(value: Any, depth: int = 0, only: Callable[[Any], bool] = lambda x: T
         return Opened(type(x), {name: opened(held, depth + 1, only) for name, held in vars(x).items()})
 
     return pytree.tree_map(leaf, value)
+
+
+def flattened(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], pytree.TreeSpec]:
+    """The leaves of a call and their structure; dataclasses are opened."""
+    flat: Sequence[Any] = (*args, *kwargs.values())
+    if _FLAT_TYPES.issuperset(map(type, flat)):  # nothing is inside of anything: 2 microseconds instead of 14
+        shape = len(args), tuple(kwargs)
+        if shape not in _FLAT_SPECS:
+            _FLAT_SPECS[shape] = pytree.tree_structure((args, dict(kwargs)))
+        return flat, _FLAT_SPECS[shape]
+    flat, spec = pytree.tree_flatten((args, dict(kwargs)))
+    if any(map(dataclasses.is_dataclass, flat)):
+        flat, spec = pytree.tree_flatten(opened((args, dict(kwargs)), only=dataclasses.is_dataclass))
+    return flat, spec
 
 
 def _holds_tensors(value: Any, depth: int = 0) -> bool:
