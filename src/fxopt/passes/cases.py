@@ -17,6 +17,7 @@ import torch.fx as fx
 from fxopt.errors import CheckError
 from fxopt.ir import meta
 from fxopt.ir.capture import guards
+from fxopt.ir.edit import random
 from fxopt.ir.index import full_arguments
 from fxopt.ir.program import Program, ShapeGuards
 from fxopt.ir.regions import is_view
@@ -102,7 +103,9 @@ class Maker:
             raise CheckError(f"the program takes {len(program.placeholders)} tensors, got {len(example)}", do="give the values of one call")
         self.example, self.seed = tuple(t.detach().requires_grad_(t.requires_grad) for t in example), seed
         self.guards: ShapeGuards = guards(program)
+        self.random = any(map(random, program.nodes))
         self.domains = [domain(node) if not t.is_floating_point() else None for node, t in zip(program.placeholders, example)]
+        self.masks = [k for k, t in enumerate(example) if self.is_mask(k, t)]
         self.tables = sorted({str(node.args[0].target) for node in program.nodes if node.op == "call_function" and node.target is aten.embedding.default
                               and node.args[0].op == "get_attr" and node.args[0].target in program.slots})
         self.parameters = {name for name, slot in program.slots.items() if slot.kind == "parameter" and slot.dtype.is_floating_point}
@@ -115,26 +118,27 @@ class Maker:
     def drawn(self, i: int) -> Case:
         """Other sizes, other values."""
         generator = self.generator(i)
-        return self.case(f"drawn {i}", self.resized(self.sizes(generator)), lambda k, t: self.redrawn(k, t, generator))
+        tensors = self.resized(self.sizes(generator))
+        return self.case(f"drawn {i}", tensors, lambda k, t: self.redrawn(k, t, generator, self.padding(k, tensors)))
 
     def adversarial(self) -> Iterator[Case]:
         """Values and sizes that wrong rewrites have been hidden by, or shown by."""
         floats = any(t.is_floating_point() for t in self.example)
         yield self.case("zeros", self.example, lambda k, t: torch.zeros_like(t) if t.is_floating_point() else t, None if floats else self.without_tables)
         generator = self.generator(1000)
-        yield self.case("ties", self.example, lambda k, t: self.tied(k, t, generator))
+        yield self.case("ties", self.example, lambda k, t: self.tied(k, t, generator, self.padding(k, self.example)))
         yield self.case("large", self.example, lambda k, t: t * _LARGE if t.is_floating_point() else t, self.larger)
         yield Case("other weights", self.example, self.other)
         if any(d is not None and d.ignored is not None for d in self.domains):
             yield self.case("all labels ignored", self.example, self.ignored)
-        masks = [k for k, t in enumerate(self.example) if self.is_mask(k, t)]
-        if masks:
-            yield self.case("padded", self.example, lambda k, t: self.padded(k, t, masks))
+        if self.masks:
+            yield self.case("padded", self.example, lambda k, t: self.padded(k, t, self.masks))
         for name, wanted in (("length 1", [s for s in self.symbols if s not in self.leading]), ("batch 1", [s for s in self.symbols if s in self.leading])):
             shapes = self.shapes({**self.present(), **dict.fromkeys(wanted, 1)}) if wanted else None
             if shapes is not None and self.guards.check(shapes) in ("ok", "edge"):
                 yield self.case(name, self.resized(shapes), lambda k, t: t)
-        if any(t.dim() > 1 and t.numel() > 1 for t in self.example):
+        # A dropout's mask follows the order in memory, in eager code too; calls reach a program with contiguous inputs.
+        if not self.random and any(t.dim() > 1 and t.numel() > 1 for t in self.example):
             yield self.case("not contiguous", self.example, lambda k, t: _transposed_in_memory(t))
 
     def given(self) -> Case:
@@ -152,7 +156,7 @@ class Maker:
         made = tuple(change(k, t.detach()).to(t.device, t.dtype).requires_grad_(self.example[k].requires_grad) for k, t in enumerate(tensors))
         return Case(name, made, weights)
 
-    def redrawn(self, k: int, t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def redrawn(self, k: int, t: torch.Tensor, generator: torch.Generator, padding: torch.Tensor | None) -> torch.Tensor:
         if t.is_floating_point():
             example = self.example[k].detach().double()
             spread = float(example.std()) if example.numel() > 1 else 0.0
@@ -164,15 +168,20 @@ class Maker:
             return t
         ids = torch.randint(0, found.high, t.shape, generator=generator)
         if found.ignored is not None and t.numel():
-            ids = torch.where(torch.rand(t.shape, generator=generator) < 0.3, found.ignored, ids)
-            ids.view(-1)[-1] = int(torch.randint(0, found.high, (), generator=generator))  # a batch without any label has no loss
+            real = torch.ones(t.shape, dtype=torch.bool) if padding is None else ~padding
+            keeps = (torch.rand(t.shape, generator=generator) >= 0.3) & real
+            keeps.view(-1)[(real.view(-1).nonzero()[-1:, 0])] = True  # a batch without any label has no loss
+            ids = torch.where(keeps, ids, found.ignored)
         return ids
 
-    def tied(self, k: int, t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def tied(self, k: int, t: torch.Tensor, generator: torch.Generator, padding: torch.Tensor | None) -> torch.Tensor:
         if t.is_floating_point():
             return torch.randint(-1, 2, t.shape, generator=generator) * 0.5
         found = self.domains[k]
-        return t if found is None else torch.full_like(t, int(torch.randint(0, found.high, (), generator=generator)))
+        if found is None:
+            return t
+        one = torch.full_like(t, int(torch.randint(0, found.high, (), generator=generator)))
+        return one if padding is None else one.masked_fill(padding.to(one.device), found.ignored)
 
     def ignored(self, k: int, t: torch.Tensor) -> torch.Tensor:
         found = self.domains[k]
@@ -181,6 +190,16 @@ class Maker:
     def is_mask(self, k: int, t: torch.Tensor) -> bool:
         """A matrix of zeros and ones that indexes nothing."""
         return t.dim() == 2 and t.shape[1] > 2 and not t.is_floating_point() and self.domains[k] is None and bool(((t == 0) | (t == 1)).all())
+
+    def padding(self, k: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """Where labels are those of padding, if the example's all are ignored there: programs may rely on it, and refuse others."""
+        found = self.domains[k]
+        if found is None or found.ignored is None:
+            return None
+        for mask in self.masks:
+            if tensors[mask].shape == tensors[k].shape and bool((self.example[k][self.example[mask] == 0] == found.ignored).all()):
+                return tensors[mask].detach().cpu() == 0
+        return None
 
     def padded(self, k: int, t: torch.Tensor, masks: Sequence[int]) -> torch.Tensor:
         """The last third of the first row is padding: masks are 0 there, and labels ignored."""

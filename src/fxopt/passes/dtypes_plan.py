@@ -78,6 +78,7 @@ class _Planner:
         names = {node.name: node for node in edit.nodes}
         self.outside = {names[name]: why for name, why in outside.items() if name in names and names[name] not in self.huge}
         self.written = {node for node, roots in self.flow.roots.items() if roots & self.flow.written}
+        self.shared = self._shared()
         self.found = Plan(to, saturated=self.huge)
 
     def plan(self) -> Plan:
@@ -99,6 +100,16 @@ class _Planner:
                 (self.found.dropped if explicit_cast(node) else self.found.narrow).add(node)
         return self.found
 
+    def _shared(self) -> set[fx.Node]:
+        """What outputs share memory with: inputs, state, other outputs. Behind a cast they would not."""
+        found: set[fx.Node] = set()
+        seen: set[fx.Node] = set()
+        for out in dict.fromkeys(out for out in self.edit.outputs if isinstance(out, fx.Node)):
+            roots = self.flow.roots[out]
+            found |= {root for root in roots if root.op != "call_function" or root in seen}
+            seen |= roots
+        return found
+
     def _unit(self, node: fx.Node) -> fx.Node:
         """The node that chooses for this one."""
         while node.target is operator.getitem:
@@ -108,6 +119,8 @@ class _Planner:
     def _able(self, node: fx.Node) -> bool:
         """Whether a node can compute in `to` at all."""
         rule, target = dtypes.rule(node), node.target
+        if self.flow.roots[node] & self.shared:
+            return False
         if explicit_cast(node):
             return self.to == torch.float32 or dtype_of(node) == self.to
         read = {dtype_of(each) for each, follows in dtypes.operands(node) if follows}
