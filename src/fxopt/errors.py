@@ -50,6 +50,10 @@ class LowerError(FxoptError):
     """A program could not be cut into regions and bound to its modules."""
 
 
+class DifferentiatedTwice(LowerError):
+    """Gradients of a program were asked for with `create_graph=True`, outside of `differentiable_twice`."""
+
+
 class DataError(FxoptError):
     """A file, a configuration or a batch is not what it should be."""
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.api import Optimized
 from fxopt.ir.program import Program
+from fxopt.runtime.flops import flops
 from tests.zoo.entry import Batch, call_of
 
 
@@ -49,17 +49,7 @@ def _parameters(model: nn.Module, captured: Mapping[str, Any]) -> float:
 
 
 def _flops(model: nn.Module, batch: Batch, captured: Mapping[str, Any]) -> float:
-    counter = FlopCounterMode(display=False)
     args, kwargs = call_of(batch)
-    given = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        model.requires_grad_(False)  # the counter hooks into gradients, and fails where there are some that are nobody's
-        with counter, torch.no_grad():
-            model(*args, **kwargs)
-    finally:
-        for p, grad in given:
-            p.requires_grad_(grad)
-    found = {path: sum(counts.values()) for path, counts in counter.get_flop_counts().items()}
-    root = type(model).__name__
-    inside = sum(found.get(f"{root}.{path}".rstrip("."), 0) for path in captured)
-    return inside / max(1, found["Global"])
+    found, total = flops(model, lambda: model(*args, **kwargs))
+    inside = [found.get(model.get_submodule(path)) for path in captured]
+    return sum(share.inside for share in inside if share is not None) / max(1, total)

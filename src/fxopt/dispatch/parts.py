@@ -29,6 +29,7 @@ from fxopt.ir.program import Program
 from fxopt.passes.pipeline import Pipeline
 from fxopt.runtime.binding import bind, routing, unrouted
 from fxopt.runtime.flops import Share
+from fxopt.runtime.region import differentiable_twice
 from fxopt.runtime.sharding import Unsharded
 from fxopt.runtime.shell import Shell
 from fxopt.runtime.watched import Watched
@@ -207,6 +208,7 @@ class Parts:
         self.checks: list[str] = []
         self.finding = False  # while parts are looked for, calls with empty tensors wait
         self.separate = False  # whether Python code writes into what parts return: see `returned`
+        self.twice = False  # whether Python code differentiates gradients of parts
         self.offer(root.model)
 
     # -- which modules -------------------------------------------------------------------------------------------------
@@ -251,7 +253,8 @@ class Parts:
         lowered = self._find(candidate, call)
         if lowered is None:
             return type(candidate.module).forward(candidate.module, *args, **kwargs)
-        return self.returned(candidate.dispatcher.run(lowered, call))
+        with differentiable_twice() if self.twice else contextlib.nullcontext():
+            return self.returned(candidate.dispatcher.run(lowered, call))
 
     def returned(self, value: Any) -> Any:
         """What Python code gets of a part. If it writes into results, it gets copies of those that a backward looks at: torch forbids

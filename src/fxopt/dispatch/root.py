@@ -12,7 +12,7 @@ from fxopt.dispatch.checking import SEED
 from fxopt.dispatch.lowered import Entry, Lowered
 from fxopt.dispatch.failure import Failure
 from fxopt.dispatch.parts import Parts, WholeDispatcher
-from fxopt.errors import CallError, CaptureError, FxoptError, PassError, Untraceable
+from fxopt.errors import CallError, CaptureError, DifferentiatedTwice, FxoptError, PassError, Untraceable
 from fxopt.ir import meta
 from fxopt.ir.capture import Call
 from fxopt.passes.lora import Lora, check_targets
@@ -191,15 +191,18 @@ class RootDispatcher(WholeDispatcher):
             return selfcheck.step(self.model, run, call.tensors, SEED, wanted)
 
     def _parted_step(self, call: Call, parts: Parts, wanted: frozenset[str] | None) -> selfcheck.Step:
-        """A step in parts. Whether the Python code between them writes into their results is seen here."""
+        """A step in parts. Whether the Python code between them writes into their results, or differentiates their gradients, is seen here."""
         try:
             return self._step(call, lambda given: self._routed(call, given, parts), wanted)
+        except DifferentiatedTwice:
+            parts.twice = True
+            self.note("the code around the parts differentiates their gradients: their graphs run operator by operator under autograd, which saves no memory")
         except RuntimeError as error:
             if parts.separate or "inplace" not in str(error):
                 raise
-        parts.separate = True
-        self.note("the code around the parts writes into what they return: results are copied")
-        return self._step(call, lambda given: self._routed(call, given, parts), wanted)
+            parts.separate = True
+            self.note("the code around the parts writes into what they return: results are copied")
+        return self._parted_step(call, parts, wanted)
 
     def _check_parts(self, call: Call, parts: Parts) -> None:
         """One whole step: the original code on the adapted weights against the original code and the parts' programs."""

@@ -185,7 +185,7 @@ def _advice(error: BaseException) -> str:
         return ("the code branches on the values of a tensor, which a graph cannot hold: move the branch out of the model, "
                 "write it with torch.where, or pass the condition as an argument")
     if "fake" in text.lower() and "constant" in text.lower():
-        return "a tensor made during the call is kept on the module: make it in __init__, or register it as a buffer"
+        return "a tensor made during the call is kept on the module (make it in __init__, or register it as a buffer), or derivatives are taken inside (take them in the loop around the model)"
     return "make the named line traceable by torch.export, or pass a submodule that is"
 
 

@@ -38,7 +38,7 @@ class Share:
 
 
 def flops(model: nn.Module, run: Callable[[], Any]) -> tuple[dict[nn.Module, Share], int]:
-    """The share of every module that `run` calls, and the total. Runs once, without gradients."""
+    """The share of every module that `run` calls, and the total. Runs once, in the caller's grad mode: a model may ask autograd for derivatives."""
     counter = _Counter()
     found: dict[nn.Module, Share] = {}
     begun: list[tuple[nn.Module, int]] = []
@@ -61,7 +61,7 @@ def flops(model: nn.Module, run: Callable[[], Any]) -> tuple[dict[nn.Module, Sha
     for module in model.modules():
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
-        with torch.no_grad(), counter:
+        with counter:
             run()
     finally:
         for handle in handles:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import sympy
 import torch
 import torch.fx as fx
 
-from fxopt.errors import LowerError
+from fxopt.errors import DifferentiatedTwice, LowerError
 from fxopt.ir import joint as joints
 from fxopt.ir import meta
 from fxopt.ir.compress import Compressed
@@ -25,7 +26,16 @@ from fxopt.kernels.catalog import CATALOG
 from fxopt.runtime.offload import send
 
 log = logging.getLogger("fxopt")
+_FUSED = {op.forward.overload: op for op in CATALOG}
 _OPERANDS = {kernel.overload: kernel.rows for op in CATALOG for kernel in op.kernels if kernel.rows is not None}
+
+
+class _References(fx.Interpreter):
+    """Runs a graph with the references of fused ops, which are plain torch: the gradients of the ops themselves have no gradients."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        op = _FUSED.get(target)
+        return super().call_function(target, args, kwargs) if op is None else op.reference(*args, **kwargs)
 
 
 _executors: list[Callable[[fx.GraphModule, Sequence[Any], Any, str], Any]] = []
@@ -39,6 +49,20 @@ def executing(executor: Callable[[fx.GraphModule, Sequence[Any], Any, str], Any]
         yield
     finally:
         _executors.remove(executor)
+
+
+_TWICE: ContextVar[bool] = ContextVar("differentiated twice", default=False)
+
+
+@contextlib.contextmanager
+def differentiable_twice() -> Iterator[None]:
+    """Programs that are called inside run operator by operator, fused ops as plain torch: slower, but their gradients can be differentiated again,
+    as a penalty of gradients and a layer that asks autograd for derivatives do. The backward may come after it."""
+    token = _TWICE.set(True)
+    try:
+        yield
+    finally:
+        _TWICE.reset(token)
 
 
 def _execute(graph: fx.GraphModule, args: Sequence[Any], runner: RegionRunner, direction: str) -> Any:
@@ -144,6 +168,8 @@ class RegionRunner:
             return self._infer(args)
         device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if _TWICE.get():
+            return tuple(_References(self.inference).run(*args))
         if not self.traceable(requires_grad, autocast):
             return tuple(_execute(self.inference, args, self, "forward"))
         compiled = self.compile(requires_grad, autocast, policy)
@@ -204,8 +230,11 @@ class _RegionFunction(torch.autograd.Function):
         return outs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():  # `once_differentiable` would give gradients that silently depend on nothing
+            raise DifferentiatedTwice("gradients of an optimized program are to be differentiated again (create_graph=True)",
+                                      where=ctx.runner.region.path or "a region between the blocks",
+                                      do="call the model inside `with fxopt.differentiable_twice():`: its graphs then run operator by operator under autograd")
         plan = ctx.compiled.split
         tensors = ctx.saved_tensors
         unplanned = [i for i, t in enumerate(tangents) if t is not None and i not in plan.tangents and i in ctx.runner.quiet]
