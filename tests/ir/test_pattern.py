@@ -119,7 +119,8 @@ def test_refuses_an_inner_value_that_others_read() -> None:
         scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
         return w * (x * scale) + scale.sum()
 
-    assert "is also read by `sum_1` (captured.py:" in reasons(NORM, function(shared, X, w=W))
+    line = shared.__code__.co_firstlineno  # of the function that forward calls, not of the call
+    assert f"`rsqrt` (test_pattern.py:{line + 1}) is also read by `sum_1` (test_pattern.py:{line + 2})" in reasons(NORM, function(shared, X, w=W))
 
 
 def test_refuses_an_inner_value_that_is_returned() -> None:

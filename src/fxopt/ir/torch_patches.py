@@ -23,6 +23,7 @@ import torch.fx.traceback as fx_traceback
 import torch.nn as nn
 import torch.utils.checkpoint as checkpoint
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.proxy import TracerBase
 
 from fxopt.torch_private import dynamo_config as dynamo, pytree
 
@@ -192,6 +193,25 @@ def without_fake_cache() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def all_user_frames() -> Iterator[None]:
+    """A node remembers every frame of the user's code, from the model's `forward` inwards: torch keeps those of functions called `forward`, so that
+    what a function of the model's file computes seems to stand at the line that calls it."""
+    saved = TracerBase._filter_traceback_frames
+    skipped = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, os.path.dirname(__file__)))
+
+    def keep(self: Any, summary: traceback.StackSummary) -> traceback.StackSummary:
+        frames = [frame for frame in summary if not frame.filename.startswith(skipped)]
+        start = next((i for i, frame in enumerate(frames) if frame.name == "forward"), len(frames))
+        return traceback.StackSummary.from_list(frames[start:])
+
+    TracerBase._filter_traceback_frames = keep  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        TracerBase._filter_traceback_frames = saved  # type: ignore[method-assign]
+
+
 LARGEST_SIZE = 200
 """Terms of the expression of a size, counted with repetition. Measured in seven convolutional models: 7 to 95."""
 
@@ -218,7 +238,7 @@ def bounded_sizes() -> Iterator[list[str]]:
 @contextlib.contextmanager
 def for_capture() -> Iterator[None]:
     """All patches that a capture needs."""
-    with keep_autograd_functions(), mark_checkpoints(), conversions_that_change_nothing(), without_fake_cache(), quiet():
+    with keep_autograd_functions(), mark_checkpoints(), conversions_that_change_nothing(), without_fake_cache(), all_user_frames(), quiet():
         yield
 
 
