@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import triton
-from torch._higher_order_ops.triton_kernel_wrap import identify_accessed_tensors
+from torch._higher_order_ops import triton_kernel_wrap
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -229,5 +229,7 @@ def written(launch: Launch, target: Target) -> set[str]:
     stand_ins = {name: torch.empty(2, dtype=value.dtype) if isinstance(value, torch.Tensor) else value for name, value in names.items()}
     options = ("num_warps", "num_stages", "num_ctas", "maxnreg")
     with compiling_for(target):
-        accesses = identify_accessed_tensors(launch.kernel, {k: v for k, v in stand_ins.items() if k not in options}, {})
-    return {dependence.name for dependence in accesses.read_writes.writes}
+        given = launch.kernel, {k: v for k, v in stand_ins.items() if k not in options}, {}
+        if hasattr(triton_kernel_wrap, "identify_mutated_tensors"):  # up to torch 2.11
+            return set(triton_kernel_wrap.identify_mutated_tensors(*given))
+        return {dependence.name for dependence in triton_kernel_wrap.identify_accessed_tensors(*given).read_writes.writes}

@@ -17,6 +17,8 @@ from fxopt.errors import FxoptError
 from fxopt.explain import ADVICE, LOOKS_FOR, SHOWN, Explanation, Found, arguments, explain, folded
 from fxopt.passes.catalog import PASSES
 from fxopt.passes.pipeline import parse
+from tests.zoo.entry import call_of
+from tests.zoo.table import ZOO
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -133,3 +135,21 @@ def test_folding_paths(numbers: set[int], reverse: bool) -> None:
 def test_folding_paths_of_several_kinds() -> None:
     assert folded(["", "a.0", "a.1", "b"]) == "<root>, a.0 … 1, b" and folded(["a.0.b.3", "a.1.b.3"]) == "a.0 … 1.b.3"
     assert folded([f"m{i}.x" for i in "abcdef"]) == "ma.x, mb.x, mc.x, md.x and 2 more"
+
+
+@pytest.mark.slow
+def test_what_was_not_done_comes_with_what_to_do() -> None:
+    """Every seventh model of the zoo, two pipelines: no reason without advice."""
+    without: dict[str, str] = {}
+    seen = 0
+    for name in list(ZOO)[::7]:
+        args, kwargs = call_of(ZOO[name].inputs())
+        for passes in (fxopt.presets.finetune(rank=2), "canonicalize | pack | precision(bf16) | quantize(nf4)"):
+            try:
+                opt = fxopt.optimize(ZOO[name].build().train(), passes, inputs=args or kwargs, check=False)
+            except FxoptError:
+                continue  # nothing to quantize, or a mask that cannot be packed
+            for step in () if opt.parts else opt.explain(predict="none").steps:
+                seen += len(step.did_not)
+                without |= {found.reason: name for found in step.did_not if not found.advice}
+    assert seen > 50 and not without
