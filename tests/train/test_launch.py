@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -146,6 +148,22 @@ def test_two_machines_train_and_a_killed_rank_ends_both(tmp_path: Path, capfd: p
     assert capfd.readouterr().out.count("steps 12") == 2
     assert machines("SIGKILL", "killed") == [1, 128 + 9]
     assert "Rank 1 was lost" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_under_torchrun_on_one_machine_and_on_two(tmp_path: Path, importable: Any) -> None:
+    def torchrun(command: list[str], *options: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *options, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def printed(*runs: subprocess.Popen[str]) -> list[str]:
+        said = [run.communicate(timeout=120)[0] for run in runs]
+        assert [run.returncode for run in runs] == [0] * len(runs), said
+        return sorted(re.findall(r"^.*steps 12.*$", "\n".join(said), re.M))
+
+    one = printed(torchrun(script(tmp_path, "nothing", "one"), "--nproc-per-node", "2", "--master-port", str(free_port())))
+    meet = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    two = printed(*[torchrun(script(tmp_path, "nothing", "two"), *meet, "--node-rank", str(node)) for node in range(2)])
+    assert len(one) == 2 and one == two
 
 
 CONFIG = """
