@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fxopt.ir.capture import Call, capture
 from fxopt.ir.program import Program
+from fxopt.kernels import tolerance
 from fxopt.passes.interpreted import values
 from fxopt.passes.verify import Runs
 
@@ -41,8 +42,7 @@ def test_attention_that_is_rounded_inside_is_attention(kind: str) -> None:
     moved = values(program, inputs, {}, double=True, noise=1, fine=True)
     assert len(exact) == 4 and exact.keys() == moved.keys()
     for name, value in exact.items():
-        torch.testing.assert_close(moved[name], value, rtol=1e-10, atol=1e-12)
-        assert not torch.equal(moved[name], value)
+        assert 0 < (moved[name] - value).norm() <= tolerance.SELF_CHECK[torch.float64] * value.norm()
 
 
 def test_gradients_of_certain_weights_are_known_to_be_rounding() -> None:

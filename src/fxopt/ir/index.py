@@ -193,9 +193,37 @@ _ANY_STRIDES = frozenset({aten.linear.default, aten.addmm.default, aten.mm.defau
 _VIEWING = frozenset({aten.view.default, aten.view.dtype, aten.view_as_complex.default, aten.view_as.default, aten.as_strided.default})
 
 
-def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+# Operators whose fake results may have other strides than their kernels': found by calling all operators of torch's database on transposed inputs, fake and real.
+_GUESSED = frozenset({aten.batch_norm.default, aten.native_batch_norm.default, aten._native_batch_norm_legit.default, aten.max_pool1d.default,
+                      aten.copysign.Tensor, aten.div.Tensor_mode, aten.floor_divide.default})
+
+
+def relaid(new: fx.Node, old: fx.Node) -> fx.Node | None:
+    """What could tell the value of `new` from that of `old` by its strides (see `viewed`), if they are others, or `old`'s are not known."""
+    view = viewed(old)
+    return None if view is None or _same_strides(meta.tensor(new), meta.tensor(old)) and not _guessed(old) else view
+
+
+def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two fake tensors of one shape have equal strides by structure; those of size-1 dimensions do not matter."""
     return all(meta.same_size(x, y) or meta.same_size(size, 1) for x, y, size in zip(a.stride(), b.stride(), a.shape))
+
+
+def _guessed(node: fx.Node) -> bool:
+    """Whether a value may have other strides than its fake one: its layout comes from an operator of `_GUESSED` with an input that is not contiguous."""
+    seen: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if called(node, *_ANY_STRIDES):
+            continue
+        if called(node, *_GUESSED) and not all(_same_strides(value, value.new_empty(value.shape)) for source in node.all_input_nodes
+                                               if (value := meta.tensor(source)) is not None):
+            return True
+        more = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(more)
+        waiting.extend(more)
+    return False
 
 
 def viewed(node: fx.Node) -> fx.Node | None:

@@ -12,7 +12,7 @@ import torch.fx as fx
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit, rule_here
 from fxopt.ir.formula import EVERYWHERE, Affine, All, AtLeastZero, Formula, flags_of, inputs_of, said, simplify
-from fxopt.ir.index import Flow, arguments, called, same_strides, static, viewed
+from fxopt.ir.index import Flow, arguments, called, relaid, static
 from fxopt.ir.masks import Reader, Unknown
 from fxopt.ir.pattern import strip
 from fxopt.ir.program import Assumption, AtMost
@@ -88,7 +88,7 @@ class Causal(Pass):
         except Refused as refused:
             edit.missed("mask", node, str(refused))
             return node
-        if not same_strides(meta.tensor(new), meta.tensor(node)) and (view := viewed(node)) is not None:
+        if (view := relaid(new, node)) is not None:
             edit.missed("mask", node, f"attention without a mask returns other strides, and `{view.name}` may depend on them")
             _unmade(edit, new)
             return node

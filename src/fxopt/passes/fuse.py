@@ -15,7 +15,7 @@ import torch.fx as fx
 from fxopt.errors import CheckError, PassError
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit
-from fxopt.ir.index import Flow, called, same_strides, static, viewed
+from fxopt.ir.index import Flow, called, relaid, static
 from fxopt.ir.pattern import Match, Matcher, Near
 from fxopt.ir.template import emit, without_autocast
 from fxopt.kernels.catalog import CATALOG
@@ -144,7 +144,7 @@ class Rule:
         reason = None
         if new.dtype != old.dtype or not meta.same_shape(new, old):
             reason = f"the op returns {meta.describe(new)}, not {meta.describe(old)}"
-        elif not same_strides(new, old) and (view := viewed(match.anchor)) is not None:
+        elif (view := relaid(made[-1], match.anchor)) is not None:
             reason = f"the op returns other strides, and {meta.placed(view)} may depend on them"
         if reason is not None:
             for node in reversed(made):

@@ -13,7 +13,7 @@ import torch.fx as fx
 
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit, rule_here
-from fxopt.ir.index import Flow, called, same_strides, viewed
+from fxopt.ir.index import Flow, called, relaid
 from fxopt.kernels.catalog import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fxopt.kernels.op import FusedOp
 from fxopt.passes.promises import reaching
@@ -90,7 +90,7 @@ def _rewrite(edit: Edit, op: FusedOp, add: fx.Node, norm: fx.Node) -> str | None
     call = edit.call(op.overload, (*add.args[:2], *norm.args[1:]), like=norm, before=first)
     others = [user for user in add.users if user is not norm]
     total = edit.call(operator.getitem, (call, 1), like=add, before=first)
-    if others and not same_strides(meta.tensor(total), meta.tensor(add)) and (view := viewed(add)) is not None:
+    if others and (view := relaid(total, add)) is not None:
         edit.erase(total)
         edit.erase(call)
         return f"the op returns other strides, and `{view.name}` may depend on them"

@@ -11,7 +11,7 @@ import torch.fx as fx
 
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit, rule_here
-from fxopt.ir.index import called, full_arguments, same_strides, static, viewed
+from fxopt.ir.index import called, full_arguments, relaid, static
 from fxopt.ir.normal import merge_equal
 from fxopt.ir.pattern import CAST, strip
 from fxopt.kernels.catalog import rope
@@ -55,7 +55,7 @@ def widen(edit: Edit) -> None:
         made.append(edit.call(_ROPE, (made[0] if made else part.args[0], *single.args[1:]), like=cat))
         made.append(edit.call(operator.getitem, (made[-1], 0), like=cat))
         new = made[-1]
-        if not same_strides(meta.tensor(new), meta.tensor(cat)) and (view := viewed(cat)) is not None:
+        if (view := relaid(new, cat)) is not None:
             edit.missed("rope.partial", cat, f"the op returns other strides, and {meta.placed(view)} may depend on them")
             for node in reversed(made):
                 edit.erase(node)
