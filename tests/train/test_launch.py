@@ -91,7 +91,13 @@ def test_launchers_are_known_by_their_variables() -> None:
     assert place({**SLURM, "MASTER_ADDR": "b", "MASTER_PORT": "1234"}) == Place(5, 8, 1, "b", 1234, "SLURM")
     assert place({**SLURM, "SLURM_STEP_NODELIST": "gpu08"}).host == "gpu08"  # type: ignore[union-attr]
     assert place({}) is None and place({name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}) is None, "a batch script is no task"
-    assert [first_host(nodes) for nodes in ("a", "a,b", "n[3,5]", "rack-2-n[001-004]")] == ["a", "a", "n3", "rack-2-n001"]
+    assert place({**SLURM, "SLURM_STEP_NUM_TASKS": "6"}).world == 6, "of the step, not of the job"  # type: ignore[union-attr]
+    assert place({**SLURM, "SLURM_STEP_ID": "1"}).port != place(SLURM).port, "steps of a job may run at once"  # type: ignore[union-attr]
+    lists = {"a": "a", "a,b": "a", "n[3,5]": "n3", "node[01-03,07]": "node01", "rack-2-n[001-004]": "rack-2-n001", "rack[1-2]n[01-16],x": "rack1n01", "n[07-09]-ib": "n07-ib"}
+    assert {nodes: first_host(nodes) for nodes in lists} == lists
+    for nodes in ("", ",a", "[", "n[1-2"):
+        with pytest.raises(ProcessError, match="no list of hosts"):
+            first_host(nodes)
 
 
 @pytest.mark.parametrize(("change", "words"), [({"RANK": "x"}, "no number"), ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"), ({"RANK": "4"}, "rank 4 of 4")])

@@ -30,8 +30,9 @@ class Place:
 def place(environment: Mapping[str, str] = os.environ) -> Place | None:
     """What the launcher's variables say; None where there are none.
 
-    torchrun: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. SLURM (a step of srun): SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID; the
-    first host of SLURM_STEP_NODELIST or SLURM_JOB_NODELIST listens, on MASTER_PORT or a port made from the job's number.
+    torchrun: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. SLURM (a step of srun): SLURM_PROCID, SLURM_STEP_NUM_TASKS or
+    SLURM_NTASKS, SLURM_LOCALID; the first host of SLURM_STEP_NODELIST or SLURM_JOB_NODELIST listens, on MASTER_PORT or a port made from the numbers of
+    job and step.
 
     Raises:
         ProcessError: variables that are missing or are no numbers.
@@ -43,18 +44,24 @@ def place(environment: Mapping[str, str] = os.environ) -> Place | None:
     # A batch script itself has SLURM_NTASKS too, but is no task: only srun sets SLURM_STEP_ID.
     if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
         hosts = environment.get("SLURM_STEP_NODELIST") or _text(environment, "SLURM_JOB_NODELIST")
-        port = _number(environment, "MASTER_PORT", 15000 + _number(environment, "SLURM_JOB_ID", 0) % 20000)
-        return _checked(Place(_number(environment, "SLURM_PROCID"), _number(environment, "SLURM_NTASKS", 1), _number(environment, "SLURM_LOCALID", 0),
+        # Steps of one job may run at once, on the same first host: each has a port of its own.
+        port = _number(environment, "MASTER_PORT", 15000 + (_number(environment, "SLURM_JOB_ID", 0) + 997 * _number(environment, "SLURM_STEP_ID")) % 20000)
+        world = _number(environment, "SLURM_STEP_NUM_TASKS", _number(environment, "SLURM_NTASKS", 1))
+        return _checked(Place(_number(environment, "SLURM_PROCID"), world, _number(environment, "SLURM_LOCALID", 0),
                               environment.get("MASTER_ADDR") or first_host(hosts), port, "SLURM"))
     return None
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a SLURM node list: `node[07-09,12],other` gives `node07`."""
-    found = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
-    if found is None:
-        raise ProcessError(f"{nodes!r} is no list of hosts.", where="SLURM_JOB_NODELIST", do="Set MASTER_ADDR to the host of rank 0.")
-    return found[1] + (found[2] or "")
+    """The first host of a SLURM node list: `node[07-09,12],other` gives `node07`, and `rack[1-2]n[01-16]` gives `rack1n01`.
+
+    Raises:
+        ProcessError: a text that begins with no host.
+    """
+    found = re.match(r"(?:[^\[\],]|\[\w[^\]]*\])+", nodes)
+    if found is None or nodes[found.end() :][:1] not in ("", ","):
+        raise ProcessError(f"{nodes!r} is no list of hosts.", where="SLURM_STEP_NODELIST or SLURM_JOB_NODELIST", do="Set MASTER_ADDR to the host of rank 0.")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", found[0])
 
 
 def _checked(found: Place) -> Place:
