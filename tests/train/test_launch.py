@@ -172,6 +172,18 @@ def test_under_torchrun_on_one_machine_and_on_two(tmp_path: Path, importable: An
     assert len(one) == 2 and one == two
 
 
+@pytest.mark.slow
+def test_under_the_variables_of_srun(tmp_path: Path, importable: Any) -> None:
+    def task(rank: int) -> subprocess.Popen[str]:
+        told = {**SLURM, "SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "localhost,x[1-2]", "MASTER_PORT": port}
+        return subprocess.Popen([sys.executable, *script(tmp_path, "nothing", "run")], env={**os.environ, **told}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    port = str(free_port())
+    tasks = [task(rank) for rank in range(2)]
+    said = [each.communicate(timeout=120)[0] for each in tasks]
+    assert [each.returncode for each in tasks] == [0, 0] and len(set(said)) == 1 and "steps 12" in said[0], said
+
+
 CONFIG = """
 model: mine:model
 passes: canonicalize | fuse | dead_code
