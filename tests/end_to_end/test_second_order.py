@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -58,6 +59,7 @@ def test_derivatives_inside_the_model() -> None:
             model(x).backward()
         assert any(p.grad is not None for p in eager.parameters()) and equal_gradients(eager, opt.model)
     assert "operator by operator" in str(opt.report) and [part.name for part in opt.parts if part.captured] == ["body"]
+    assert re.search(r"test_second_order.py:\d+: \(slope,\) = torch.autograd.grad.*asks autograd for derivatives: take them in the loop", str(opt.report))
 
 
 def test_a_penalty_of_gradients_is_refused_or_right() -> None:

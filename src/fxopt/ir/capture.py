@@ -142,8 +142,12 @@ def capture(model: nn.Module, call: Call, *, exact: bool = False, share: bool = 
             except Exception:  # noqa: BLE001  the first error is the one to report
                 pass
         path, line = places.where(error)
-        raise Untraceable(f"{type(model).__name__} cannot be captured: {type(error).__name__}: {_first_line(error)}",
-                           where=f"module {path or '<root>'}, {line}" if line else f"module {path or '<root>'}", do=_advice(error)) from error
+        why, do = f"{type(error).__name__}: {_first_line(error)}", _advice(error)
+        if not line and places.derivatives:  # torch fails behind the trace, with a word about constants
+            line, why = places.derivatives[0], "its code asks autograd for derivatives"
+            do = "take them in the loop around the model (fxopt.differentiable_twice), or here around one module that holds all the rest: that one is captured"
+        raise Untraceable(f"{type(model).__name__} cannot be captured: {why}",
+                           where=f"module {path or '<root>'}, {line}" if line else f"module {path or '<root>'}", do=do) from error
     finally:
         set_grad_enabled(grad)  # a raise inside a no_grad region of an export leaves it off
     return _from_export(model, call, exported, returned)

@@ -236,6 +236,32 @@ def bounded_sizes() -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
+def derivatives() -> Iterator[list[str]]:
+    """What is yielded gets `file.py:line: code` of each place of the user's code that asks autograd for derivatives within."""
+    saved, places = (torch.autograd.grad, torch.autograd.backward), []
+
+    def seen(function: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            places.append(_innermost(traceback.extract_stack()))
+            return function(*args, **kwargs)
+
+        return asked
+
+    torch.autograd.grad, torch.autograd.backward = map(seen, saved)
+    try:
+        yield places
+    finally:
+        torch.autograd.grad, torch.autograd.backward = saved
+
+
+def _innermost(frames: Iterable[traceback.FrameSummary]) -> str:
+    """`file.py:line: code` of the innermost frame of the user's code, "" if there is none."""
+    ours, torch_dir = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(torch.__file__))
+    found = [frame for frame in frames if not frame.filename.startswith((ours, torch_dir, "<")) and "contextlib" not in frame.filename]
+    return f"{found[-1].filename}:{found[-1].lineno}: {found[-1].line}" if found else ""
+
+
+@contextlib.contextmanager
 def for_capture() -> Iterator[None]:
     """All patches that a capture needs."""
     with keep_autograd_functions(), mark_checkpoints(), conversions_that_change_nothing(), without_fake_cache(), all_user_frames(), quiet():
@@ -251,6 +277,7 @@ class CallTrace:
         self.running: list[str] = []
         self.deepest: str = ""
         self.hooks: frozenset[int] = frozenset()  # of the recording
+        self.derivatives: list[str] = []  # lines that asked autograd for them
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -271,17 +298,12 @@ class CallTrace:
             handles.append(module.register_forward_hook(leave))
         self.hooks = frozenset(handle.id for handle in handles)
         try:
-            yield
+            with derivatives() as self.derivatives:
+                yield
         finally:
             for handle in handles:
                 handle.remove()
 
     def where(self, error: BaseException) -> tuple[str, str]:
         """(module path, `file.py:line: code`) at which a capture failed."""
-        line = ""
-        ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        torch_dir = os.path.dirname(os.path.abspath(torch.__file__))
-        for frame in traceback.extract_tb(error.__traceback__):
-            if not frame.filename.startswith((ours, torch_dir, "<")) and "contextlib" not in frame.filename:
-                line = f"{frame.filename}:{frame.lineno}: {frame.line}"
-        return (self.running[-1] if self.running else self.deepest), line
+        return (self.running[-1] if self.running else self.deepest), _innermost(traceback.extract_tb(error.__traceback__))
