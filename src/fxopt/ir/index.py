@@ -196,6 +196,10 @@ _VIEWING = frozenset({aten.view.default, aten.view.dtype, aten.view_as_complex.d
 # Operators whose fake results may have other strides than their kernels': found by calling all operators of torch's database on transposed inputs, fake and real.
 _GUESSED = frozenset({aten.batch_norm.default, aten.native_batch_norm.default, aten._native_batch_norm_legit.default, aten.max_pool1d.default,
                       aten.copysign.Tensor, aten.div.Tensor_mode, aten.floor_divide.default})
+# Those of torch 2.11 that may have others on contiguous inputs, too.
+_FOURIER = frozenset({aten.fft_fft.default, aten.fft_fft2.default, aten.fft_fftn.default, aten.fft_ifft.default, aten.fft_ifft2.default, aten.fft_ifftn.default,
+                      aten.fft_rfft.default, aten.fft_rfft2.default, aten.fft_rfftn.default, aten.fft_ihfft.default, aten.fft_ihfft2.default, aten.fft_ihfftn.default,
+                      aten.stft.default, aten.stft.center})
 
 
 def relaid(new: fx.Node, old: fx.Node) -> fx.Node | None:
@@ -210,15 +214,18 @@ def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _guessed(node: fx.Node) -> bool:
-    """Whether a value may have other strides than its fake one: its layout comes from an operator of `_GUESSED` with an input that is not contiguous."""
+    """Whether a value may have other strides than its fake one: its layout comes from an operator of `_FOURIER`, or of `_GUESSED` with an
+    input that is not contiguous."""
     seen: set[fx.Node] = set()
     waiting = [node]
     while waiting:
         node = waiting.pop()
         if called(node, *_ANY_STRIDES):
             continue
-        if called(node, *_GUESSED) and not all(_same_strides(value, value.new_empty(value.shape)) for source in node.all_input_nodes
-                                               if (value := meta.tensor(source)) is not None):
+        if called(node, *_FOURIER):
+            return True
+        given = (value for source in node.all_input_nodes if (value := meta.tensor(source)) is not None)
+        if called(node, *_GUESSED) and not all(_same_strides(value, value.new_empty(value.shape)) for value in given):
             return True
         more = [source for source in node.all_input_nodes if source not in seen]
         seen.update(more)
