@@ -106,7 +106,7 @@ def optimized(channels: int) -> Callable[[], nn.Module]:
 
 ROWS = (("convolutions", 16, True), ("convolutions, optimized", 16, False), ("convolutions", 128, True), ("convolutions, optimized", 128, True))
 """Name, channels, and whether the trainer may cost `ALLOWED` at most. What it asks of a program (how many items the loss is the mean of, whether
-it is one of the checkpoint's) takes 0.3 ms of a batch: a tenth of the second row's steps, which are of 3 ms."""
+it is one of the checkpoint's) takes 0.2 ms of a batch: 5 to 7% of the second row's steps, which are of 3 ms."""
 KEEP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_TOP_PAD_": str(1 << 28)}
 """glibc keeps what is freed. Otherwise page faults make larger steps 5% shorter or 7% longer, by the order of the runs and not by the loop."""
 
