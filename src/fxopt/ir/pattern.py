@@ -93,9 +93,10 @@ class Matcher:
         """What the last operator calls."""
         return self.sketch.output.target
 
-    def worth(self, node: fx.Node) -> bool:
-        """Whether a node may be the last operator."""
-        return _alike(node, self.target)
+    def ends(self, graph: fx.Graph) -> list[fx.Node]:
+        """The nodes that may be the last operator, in the graph's order: from its table, as there are many patterns and most end nowhere."""
+        targets = RESHAPES if self.target in RESHAPES else {self.target}
+        return sorted(node for target in targets for node in graph.find_nodes(op="call_function", target=target, sort=False))
 
     def at(self, node: fx.Node, accept: Accept = lambda inputs, scalars: None) -> Match | Near | None:
         """The match whose last operator, but for a cast, is `node`; the nearest miss; or None if nothing is alike.

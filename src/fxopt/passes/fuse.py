@@ -91,10 +91,10 @@ class Rule:
     def apply(self, edit: Edit, flows: _Flows | None = None) -> list[tuple[Near, Rule]]:
         """Rewrite every match; returns the near-misses."""
         nears = []
-        worth = [node for node in edit.graph.nodes if self.matcher.worth(node)]
-        flow = (flows or _Flows(edit)).now() if worth else None
+        ends = self.matcher.ends(edit.graph)
+        flow = (flows or _Flows(edit)).now() if ends else None
         gone: set[fx.Node] = set()
-        for node in worth:
+        for node in ends:
             if node in gone or edit.spent:
                 continue
             found = self.matcher.at(node, lambda inputs, scalars: self._refusal(flow, inputs, scalars))
