@@ -20,6 +20,7 @@ from fxopt.passes.pipeline import Pipeline
 from fxopt.runtime import adapted, selfcheck
 from fxopt.runtime.binding import routing
 from fxopt.runtime.flops import Share, flops
+from fxopt.runtime.garbage import only_own
 from fxopt.runtime.python_random import kept_random
 from fxopt.runtime.smaller import first_samples, on
 
@@ -78,7 +79,7 @@ class RootDispatcher(WholeDispatcher):
         if known is not None:
             self.example = Call(call.spec, call.leaves, tuple(t.detach() for t in call.tensors))
             if self.active is not None and self.fresh:  # another adapter
-                with self.weights.stand_ins():
+                with self.weights.stand_ins(), only_own():
                     self._capture_parts(call, known)
             self.last, self.partial = None, True
             return
@@ -87,7 +88,7 @@ class RootDispatcher(WholeDispatcher):
             self.last, self.partial = self.find(call), False
         except Untraceable as error:
             del self.notes[notes:]  # they are of a capture that did not come about
-            with self.weights.stand_ins():
+            with self.weights.stand_ins(), only_own():
                 self._capture_parts(call, error)
             self.last, self.partial = None, True
             self.example = Call(call.spec, call.leaves, tuple(t.detach() for t in call.tensors))

@@ -20,6 +20,7 @@ from fxopt.passes import pipeline as pipelines
 from fxopt.passes.pipeline import Pipeline
 from fxopt.runtime import adapted, compression, saving, selfcheck
 from fxopt.runtime.binding import Binding, live_state, routing, unrouted
+from fxopt.runtime.garbage import only_own
 from fxopt.runtime.install import install
 from fxopt.runtime.python_random import kept_random
 from fxopt.runtime.region import RegionRunner
@@ -159,12 +160,12 @@ class Dispatcher(Checking):
         for entry in self.entries.get(key, ()):
             verdict = entry.guards.check(shapes)
             if verdict == "edge":
-                with self.weights.stand_ins():
+                with self.weights.stand_ins(), only_own():
                     verdict = self._edge(entry, call, shapes)
             if verdict == "ok":
                 return self._variant(entry, call)
             reasons.append(verdict)
-        with self.weights.stand_ins():
+        with self.weights.stand_ins(), only_own():
             entry = self._capture(call, key, reasons)
         return self._variant(entry, call)
 
@@ -195,7 +196,7 @@ class Dispatcher(Checking):
             assuming = all(a.holds(call.tensors[index[a.leaf]]) for a in entry.assumptions)
         found = entry.assuming if assuming else entry.plain
         if found is None:
-            with self.weights.stand_ins():
+            with self.weights.stand_ins(), only_own():
                 found = self._lower(entry, self.passes if assuming or not entry.assumptions else without_assumptions(self.passes), call, check)
             self.weights.accept(self.model, found.schedule)
             if assuming:
