@@ -184,7 +184,7 @@ def test_composite_operators_take_symbolic_sizes_in_python() -> None:
     mode = private.FakeTensorMode(shape_env=ShapeEnv())
     sizes = StatelessSymbolicContext(dynamic_sizes=[private.DimDynamic.DYNAMIC, private.DimDynamic.DYNAMIC, private.DimDynamic.STATIC])
     x, weight = mode.from_tensor(torch.zeros(3, 5, 8), symbolic_context=sizes), mode.from_tensor(torch.zeros(4, 8), static_shapes=True)
-    with mode, torch.no_grad(), private.enable_python_dispatcher():
+    with mode, torch.no_grad(), private.composites_on_symbols():
         found = torch.ops.aten.linear.default(x, weight)
     assert found.shape == (*x.shape[:2], 4)
 

@@ -6,11 +6,11 @@ patches of a capture are in `ir/torch_patches.py`, what they are undone with too
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
 from torch._C._dynamo.guards import TensorGuards
-from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.source import ConstantSource
 from torch._functorch import aot_autograd
@@ -28,8 +28,15 @@ if torch.distributed.is_available():  # some builds of torch come without it
 
 __all__ = ["ConstantSource", "DataDependentOutputException", "DimDynamic", "DisableTorchFunctionSubclass", "DynamicOutputShapeException", "FakeTensor",
            "FakeTensorMode", "HigherOrderOperator", "OpOverload",
-           "TorchDispatchMode", "aot_autograd", "buffer_hooks", "cpu_has", "default_store", "detect_fake_mode", "dynamo_config", "enable_python_dispatcher", "foreach_copy_", "foreach_lerp_", "foreach_mul", "foreach_mul_",
+           "TorchDispatchMode", "aot_autograd", "buffer_hooks", "cpu_has", "default_store", "detect_fake_mode", "dynamo_config", "composites_on_symbols", "foreach_copy_", "foreach_lerp_", "foreach_mul", "foreach_mul_",
            "foreach_norm", "fused_adamw_", "has_kernel", "in_backward", "make_fx", "make_wrapper_subclass", "pytree", "set_grad_enabled", "tensor_guards"]
+
+# Up to torch 2.12 some composite operators (`linear` without bias) ask symbolic sizes for the number of elements, unless Python's dispatcher takes
+# them apart. It makes fake runs a third slower, so later releases go without.
+if torch.torch_version.TorchVersion(torch.__version__) < (2, 13):
+    from torch._dispatch.python import enable_python_dispatcher as composites_on_symbols
+else:
+    composites_on_symbols = contextlib.nullcontext
 
 make_wrapper_subclass = torch.Tensor._make_wrapper_subclass
 DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from fxopt.ir import meta
 from fxopt.ir.edit import Edit
 from fxopt.ir.program import Program, Signature, Slot
-from fxopt.torch_private import enable_python_dispatcher
+from fxopt.torch_private import composites_on_symbols
 
 aten = torch.ops.aten
 WIDTH, VOCABULARY, IGNORED = 8, 13, -100
@@ -131,7 +131,7 @@ class Builder:
         fake = pytree.tree_map(lambda a: a.meta["val"] if isinstance(a, fx.Node) else a, (args, kwargs))
         key = (target, pytree.tree_structure(fake), *map(meta.signature, pytree.tree_leaves(fake)))
         if key not in _FAKES:
-            with _MODE, torch.no_grad(), enable_python_dispatcher():
+            with _MODE, torch.no_grad(), composites_on_symbols():
                 _FAKES[key] = target(*fake[0], **fake[1])
         return self.stamp(node, _FAKES[key])
 

@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from fxopt.ir import meta
-from fxopt.torch_private import HigherOrderOperator, OpOverload, TorchDispatchMode, enable_python_dispatcher, pytree
+from fxopt.torch_private import HigherOrderOperator, OpOverload, TorchDispatchMode, composites_on_symbols, pytree
 
 aten = torch.ops.aten
 
@@ -96,7 +96,7 @@ class Casting:
         env = dict(zip(sources, given))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: env[source] if source in env else meta.value(source))
         seen = _Seen({id(value): i for i, value in enumerate(given)})
-        with self.fake_mode, torch.no_grad(), enable_python_dispatcher(), state.on(), seen:
+        with self.fake_mode, torch.no_grad(), composites_on_symbols(), state.on(), seen:
             try:
                 node.target(*args, **kwargs)
             except (RuntimeError, TypeError):  # attention refuses inputs of several dtypes, where autocast would cast them

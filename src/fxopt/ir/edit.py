@@ -17,7 +17,7 @@ from fxopt.errors import CheckError
 from fxopt.ir import meta
 from fxopt.ir.facts import Installed
 from fxopt.ir.program import Assumption, Miss, Program, Record, Rewrite, Sample, Slot
-from fxopt.torch_private import HigherOrderOperator, OpOverload, enable_python_dispatcher, pytree
+from fxopt.torch_private import HigherOrderOperator, OpOverload, composites_on_symbols, pytree
 
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
@@ -156,9 +156,8 @@ class Edit:
         key = (target, pytree.tree_structure(fake), *map(meta.signature, pytree.tree_leaves(fake)))
         if key not in self.values:  # equal layers ask the same question many times; a fake run with symbolic sizes takes 2 ms
             env = self.source.fake_mode.shape_env
-            # A comparison of sizes that this run makes (for strides) must not fix sizes for whoever uses the same symbols. Without the
-            # dispatcher, torch 2.11's `linear` without bias asks for the number of elements, which symbolic sizes do not give.
-            with env.suppress_guards() if env is not None else contextlib.nullcontext(), self.source.fake_mode, torch.no_grad(), enable_python_dispatcher():
+            # A comparison of sizes that this run makes (for strides) must not fix sizes for whoever uses the same symbols.
+            with env.suppress_guards() if env is not None else contextlib.nullcontext(), self.source.fake_mode, torch.no_grad(), composites_on_symbols():
                 self.values[key] = target(*fake[0], **fake[1])
         return self.values[key]
 
