@@ -207,3 +207,17 @@ def test_scratch_of_an_op_is_counted_as_it_is_taken(scale: float, cap: float) ->
     graph.output(tuple(graph.call_function(operator.getitem, (call, place)) for place, value in enumerate(out) if value is not None))
     found = run(torch.fx.GraphModule(torch.nn.Module(), graph), int)
     assert used.peak <= 1.01 * found.peak and found.peak <= 1.03 * used.peak
+
+
+def test_a_product_that_is_computed_alone_stands_behind_the_factor_that_it_reads() -> None:
+    """Three adapted layers outside of blocks: in the backward of the first, the factor is an argument behind the layer's input."""
+    def chain() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(*(layer for _ in range(3) for layer in (torch.nn.Linear(8, 8), torch.nn.ReLU())))
+
+    x, found = torch.randn(4, 8), []
+    for passes in ("lora(rank=2)", "lora(rank=2) | memory(least)"):
+        opt = fxopt.optimize(chain(), passes, inputs=(x,), check=False)
+        opt(x).square().sum().backward()
+        found.append({name: p.grad for name, p in opt.named_parameters() if p.grad is not None})
+    assert len(found[0]) == 4 and found[0].keys() == found[1].keys() and all(same(found[1][name], grad) for name, grad in found[0].items())

@@ -45,7 +45,7 @@ def shorten(graph: fx.Graph) -> None:
         small = [user for user in node.users if called(user, operator.getitem) and user.args[1] == low]
         if len(small) != 1 or len(node.users) != 1 or others or given["dropout"] or meta.tensor(a).dtype != meta.tensor(given["x"]).dtype:
             continue
-        call_behind(graph, given["x"], torch.ops.aten.linear.default, (a,), meta.value(small[0]), small[0], {small[0]: None})
+        call_behind(graph, node, torch.ops.aten.linear.default, (given["x"], a), meta.value(small[0]), small[0], {small[0]: None})
     drop_unread(graph)
 
 
@@ -58,5 +58,5 @@ def take(graph: fx.Graph, saved: Container[fx.Node]) -> list[fx.Node]:
         if instead and items[1] in saved:
             norm = getattr(torch.ops.fxopt, _OF_A_SUM[node.target._schema.name]).default
             val = tuple(value for index, value in enumerate(meta.value(node)) if index != 1)
-            made += call_behind(graph, items[1], norm, node.args[2:], val, node, instead)
+            made += call_behind(graph, items[1], norm, (items[1], *node.args[2:]), val, node, instead)
     return made

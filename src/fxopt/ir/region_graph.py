@@ -86,12 +86,12 @@ def delay(graph: fx.Graph, names: set[str]) -> None:
         graph._root.prepend(node)
 
 
-def call_behind(graph: fx.Graph, source: fx.Node, target: Any, args: tuple[Any, ...], val: Any, like: fx.Node,
+def call_behind(graph: fx.Graph, place: fx.Node, target: Any, args: tuple[Any, ...], val: Any, like: fx.Node,
                 instead: dict[fx.Node, int | None]) -> list[fx.Node]:
-    """Call `target(source, *args)` right behind `source`; readers of each node of `instead` read that item of its value (None: the
-    value). Returns the call and its items."""
-    with graph.inserting_after(source):
-        call = graph.call_function(target, (source, *args))
+    """Call `target(*args)` right behind `place`; readers of each node of `instead` read that item of its value (None: the value).
+    Returns the call and its items."""
+    with graph.inserting_after(place):
+        call = graph.call_function(target, args)
     call.meta = {**like.meta, "val": val}
     made = [call]
     for old, index in instead.items():
