@@ -168,3 +168,9 @@ def test_templates_of_a_folder(tmp_path: Path, folder: Path) -> None:
         found.template("chatmll")
     said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert found.template("alpaca").render(said).endswith("### Response:\nb</s>\n\n")  # type: ignore[union-attr]
+
+
+def test_half_a_surrogate_pair_is_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"Character 2 of the text is half a surrogate pair, \\ud800"):
+        load_tokenizer(folder).encode("ab\ud800")
+    assert load_tokenizer(folder).encode("\U0001f642")[0]

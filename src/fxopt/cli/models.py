@@ -41,7 +41,10 @@ def model_and_inputs(name: str, inputs: Sequence[str] | None) -> tuple[Any, tupl
 def _from_factory(name: str) -> tuple[Any, Any]:
     if ":" not in name:
         raise UsageError(f"{name!r} names no model", do="write package.module:factory, or a folder that holds a config.json")
-    made = named(name)()
+    factory = named(name)
+    if not callable(factory):
+        raise UsageError(f"{name} is a {type(factory).__name__}", do="name a function that gives the model")
+    made = factory()
     return made if isinstance(made, tuple) and len(made) == 2 else (made, None)
 
 

@@ -81,7 +81,10 @@ def _made(name: str) -> Any:
         raise UsageError(f"there is no module {error.name!r}", where=name, do="run the command where Python can import it") from error
     if not hasattr(found, attribute):
         raise UsageError(f"{module} has no {attribute!r}", where=name)
-    return getattr(found, attribute)()
+    made = getattr(found, attribute)
+    if not callable(made):
+        raise UsageError(f"{name} is a {type(made).__name__}", where="data", do="name a function that gives the data")
+    return made()
 
 
 def _logger(entry: Any, folder: Any) -> Any:

@@ -7,6 +7,7 @@ folder has both, they must agree.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,13 @@ class Tokenizer:
         return next(found for found in (*ids, *self.core.special.values(), 0, 1) if found != self.eos)
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and characters of each: see `Core`. Nothing is added."""
+        """Ids and characters of each: see `Core`. Nothing is added.
+
+        Raises:
+            DataError: the text holds half a surrogate pair (JSON can write one: "\\ud800"), which no tokenizer reads.
+        """
+        if not text.isascii() and (half := re.search("[\ud800-\udfff]", text)):
+            raise DataError(f"Character {half.start()} of the text is half a surrogate pair, \\u{ord(half[0]):04x}.", do="Mend or remove the row.")
         return self.core.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:

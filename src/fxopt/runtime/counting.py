@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 import math
 from typing import Any
 
@@ -45,6 +45,8 @@ def samples(batch: Any) -> int:
     """How many samples a batch holds: the first size of its first tensor; 1 where there is none."""
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], torch.Tensor) and batch[0].dim():
         return batch[0].shape[0]
+    if is_dataclass(batch) and not isinstance(batch, type):
+        batch = list(vars(batch).values())
     first = next((leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
     return 1 if first is None else first.shape[0]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -58,4 +60,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, (tuple, list)):
         return type(batch)(to_device(value, device) for value in batch)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        moved = copy.copy(batch)
+        for name, value in vars(batch).items():
+            object.__setattr__(moved, name, to_device(value, device))  # a frozen one too
+        return moved
     return batch

@@ -112,6 +112,17 @@ class Config:
     given: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without names that come twice, of which PyYAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping's values by name."""
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is given twice in the mapping of line {node.start_mark.line + 1}", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a file.
 
@@ -122,7 +133,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         DataError: no file, no YAML, an unknown name (with the nearest one), or a value of another type.
     """
     try:
-        found = yaml.safe_load(Path(path).read_text())
+        found = yaml.load(Path(path).read_text(), _Loader)
     except OSError as error:
         raise DataError(f"The configuration cannot be read: {error.strerror or error}.", where=str(path)) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -169,6 +180,9 @@ def _trainer(values: Any) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         raise DataError("`trainer` is not a mapping of names to values.", where="trainer")
     found = {name: made(_NESTED[name], value, f"trainer.{name}") if name in _NESTED and isinstance(value, Mapping) else value if name == "loggers" else _kinds(value, f"trainer.{name}") for name, value in values.items()}
+    for name in ("callbacks", "groups"):
+        if name in found and not isinstance(found[name], (list, tuple)):
+            raise DataError(f"`{name}` is not a list.", where=f"trainer.{name}", do=f"Write {name}: [...].")
     if isinstance(found.get("groups"), list):  # lora_plus and no_decay give several
         found["groups"] = [group for entry in found["groups"] for group in (entry if isinstance(entry, tuple) else (entry,))]
     return found

@@ -185,7 +185,10 @@ class Replayed:
 
     def length(self, epoch: int) -> int | None:
         """See `Source`."""
-        return len(self.items) if isinstance(self.items, Sized) else None
+        try:
+            return len(self.items) if isinstance(self.items, Sized) else None
+        except TypeError:  # a DataLoader has `__len__`, which fails where its data set has none
+            return None
 
     def batches(self, epoch: int, cursor: int) -> Iterator[Batch]:
         """See `Source`."""
@@ -251,8 +254,8 @@ def source_of(data: Any, *, batch_size: int | None = None, shuffle: bool = False
         return loader
     if not isinstance(data, torch_data.DataLoader) and (isinstance(data, torch_data.Dataset) and hasattr(data, "__getitem__") or hasattr(data, "column_names")):
         raise DataError(f"A {type(data).__name__} holds samples, not batches.", where="the training data", do="Give `batch_size` to the trainer, or wrap it: fxopt.Loader(dataset, batch_size=8).")
-    if not hasattr(data, "__iter__"):
-        raise DataError(f"A {type(data).__name__} cannot be passed over.", where="the data", do="Give an iterable of batches, or a data set with `batch_size`.")
+    if isinstance(data, (str, bytes, Mapping)) or not hasattr(data, "__iter__"):
+        raise DataError(f"A {type(data).__name__} cannot be passed over.", where="the data", do="Give an iterable of batches, or a data set with `batch_size`; a file is read by `fxopt.data.Dataset`.")
     if world > 1:
         raise DataError(f"A {type(data).__name__} cannot be dealt out to {world} processes.", where="the data", do="Give a list of batches, a DataLoader over a data set with a length, or fxopt.Loader.")
     return Replayed(data, seed)

@@ -66,15 +66,27 @@ def make(spec: Spec, module: nn.Module, lr: float | None, weight_decay: float, g
         asked = [name for name, given in (("lr", lr is not None), ("weight_decay", bool(weight_decay)), ("groups", bool(groups))) if given]
         if asked:
             raise DataError(f"`{asked[0]}` is for an optimizer that is made here.", where="the trainer", do="Set it in your optimizer.")
-        return [spec] if isinstance(spec, Optimizer) else list(spec)
+        ready = [spec] if isinstance(spec, Optimizer) else list(spec)
+        trained = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+        if not any(id(parameter) in trained for optimizer in ready for group in optimizer.param_groups for parameter in group["params"]):
+            raise DataError("The optimizer holds no parameter that the model trains.", where=", ".join(type(optimizer).__name__ for optimizer in ready) or "the trainer",
+                            do="Make it from the parameters of the model that is trained, after `fxopt.optimize`.")
+        return [_stepping(optimizer) for optimizer in ready]
     rate = DEFAULT_LR if lr is None else lr
     made = _grouped(module, rate, weight_decay, groups)
     if callable(spec):
-        return [spec(made)]
+        return [_stepping(spec(made))]
     if spec not in _NAMED:
         near = difflib.get_close_matches(spec, _NAMED, 1)
         raise DataError(f"There is no optimizer {spec!r}.", do=f"Use {f'{near[0]}: ' if near else ''}one of {', '.join(_NAMED)}, or give one of torch's.")
     return [_NAMED[spec](made, lr=rate, weight_decay=weight_decay)]
+
+
+def _stepping(optimizer: Optimizer) -> Optimizer:
+    """One whose step needs no closure: LBFGS evaluates the model again within a step, which accumulated batches cannot."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise DataError("LBFGS evaluates the model within its step, which the trainer does not do.", where="optimizer", do="Take another optimizer, or a module with manual optimization.")
+    return optimizer
 
 
 def _grouped(module: nn.Module, lr: float, weight_decay: float, groups: Sequence[Group]) -> list[dict[str, Any]]:

@@ -218,6 +218,9 @@ class Run:
                 raise DataError("The training step gave no loss.", where=type(self.task.module).__name__, do="Return a loss, or leave the batch out of the data.")
         else:
             share = loss * group.weights[index] if group.weights[index] != 1.0 else loss
+            if not share.requires_grad:
+                raise DataError(f"The loss of step {state.step + 1} depends on no parameter that is trained.", where=type(self.task.module).__name__,
+                                do="Is it detached, or made under no_grad? Or is everything that it depends on frozen (requires_grad, `Freezing`)?")
             self.events(Callback.on_before_backward, state, share)
             self.strategy.backward(self.model, self.task.differentiated(share if self.scaler is None else self.scaler.scale(share)), last)
             value = share.detach()

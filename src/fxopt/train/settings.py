@@ -34,6 +34,10 @@ def check(trainer: Trainer) -> None:
             raise DataError(f"`{name}` is {value!r}, which is not a whole number.", where="the trainer")
         if value is not None and value < (0 if name in ("warmup", "seed", "workers", "steps", "epochs") else 1):
             raise DataError(f"`{name}` is {value}, which is too small.", where="the trainer", do=f"`{name}` must be at least {0 if name in ('warmup', 'seed', 'workers') else 1}.")
+    for name in ("lr", "weight_decay", "clip", "clip_value", "max_seconds"):
+        value = getattr(trainer, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise DataError(f"`{name}` is {value!r}, which is not a number.", where="the trainer")
     if trainer.steps is not None and trainer.epochs is not None:
         raise DataError("Give either `steps` or `epochs`.", where="the trainer")
     named = isinstance(trainer.schedule, str) or isinstance(trainer.schedule, Sequence) and any(isinstance(one, str) for one in trainer.schedule)

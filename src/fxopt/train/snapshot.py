@@ -84,7 +84,8 @@ def capture(run: Run, settings: Mapping[str, Any], frozen: str, copy: bool) -> S
     run.events(Callback.on_save, state, extra)
     shared = {
         "position": {"step": state.step, "epoch": state.epoch, "batch": state.batch, "micro": state.micro, "step_before": run.step_before,
-                     "skipped": state.skipped, "validated_at": run.validated_at, "world": state.world, "over": bool(state.batch) and run.epoch_is_over()},
+                     "skipped": state.skipped, "validated_at": run.validated_at, "world": state.world, "over": bool(state.batch) and run.epoch_is_over(),
+                     "length": run.data.length(state.epoch)},
         "stop": [state.stop, state.why], "metrics": state.metrics,
         "optimizers": [run.strategy.optimizer_state(optimizer) for optimizer in run.optimizers], "rates": run.rates.state_dict(),
         "scaler": None if run.scaler is None else run.scaler.state_dict(), "guard": run.guard.state_dict(), "means": run.means.state_dict(),
@@ -187,6 +188,9 @@ def restore(run: Run, snapshot: Snapshot, frozen: str) -> None:
     position = shared["position"]
     state.first_step, state.epoch, state.batch, state.micro = position["step"], position["epoch"], position["batch"], position["micro"]
     state.skipped, run.step_before, run.validated_at = position["skipped"], position["step_before"], position["validated_at"]
+    length = run.data.length(position["epoch"])
+    if position["world"] == state.world and position.get("length", length) != length:
+        log.warning("fxopt: an epoch of this data has %s batches, one of the saved run's %s: the place in it, counted in batches, is not where the saved run was", length, position["length"])
     if position["world"] != state.world:
         state.batch = _batch_of(run, position)
     (state.stop, state.why), state.metrics = shared["stop"], dict(shared["metrics"])
@@ -242,6 +246,11 @@ def _same(run: Run, snapshot: Snapshot, frozen: str) -> None:
         raise DataError(f"The checkpoint was trained through the passes {snapshot.config['passes']}, this model through {present}.", do=do)
     if len(run.optimizers) != len(shared["optimizers"]):
         raise DataError(f"The checkpoint has {len(shared['optimizers'])} optimizers, this run {len(run.optimizers)}.", do=do)
+    for optimizer, saved in zip(run.optimizers, shared["optimizers"], strict=True):
+        before, now = ([sorted(group) for group in groups] for groups in (saved["param_groups"], optimizer.param_groups))
+        if before != now:
+            odd = sorted({key for keys in before for key in keys} ^ {key for keys in now for key in keys})
+            raise DataError(f"The checkpoint's optimizer has other settings than {type(optimizer).__name__}: {', '.join(odd) or f'{len(before)} groups, not {len(now)}'}.", where="optimizer", do=do)
     names = [type(callback).__name__ for callback in run.events.callbacks]
     if names != [name for name, _ in shared["callbacks"]]:
         raise DataError(f"The checkpoint's callbacks are {_list(name for name, _ in shared['callbacks'])}, this run's {_list(names)}.", do="Resume with the same callbacks in the same order.")

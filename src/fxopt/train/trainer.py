@@ -289,6 +289,9 @@ class Trainer:
             if run.validation is not None and run.validated_at != state.step and self.steps is not None and not state.stop:
                 run.validate()
             run.events(Callback.on_fit_end, state)
+            for plateau in run.rates.plateaus if isinstance(run.rates, Scheduled) else ():
+                if plateau.best is None:
+                    log.warning("fxopt: Plateau saw no %r in the whole run: the rate followed the other schedules alone", plateau.monitor)
             if run.saver is not None:
                 run.saver.save(run, wait=True)
             run.strategy.end(module)
