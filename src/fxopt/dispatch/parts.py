@@ -120,7 +120,7 @@ class PartDispatcher(Dispatcher):
         return self.copied or super()._shared()
 
     def _watch(self) -> Watched:
-        return Watched(self.model, self.path)
+        return Watched(self.model, self.path, ignored=self.counted)
 
     def _said(self) -> str:
         return f"module {self.path}"
@@ -348,7 +348,7 @@ class Parts:
             dispatcher = PartDispatcher(root, candidate.path, self.shares.get(candidate.path), groups.setdefault(candidate.dispatcher.group, Group(other)))
             dispatcher.group.differing[candidate.path] = candidate.dispatcher.group.differing[candidate.path]
             dispatcher.entries = candidate.dispatcher.entries_unbound()
-            dispatcher.example = candidate.dispatcher.example
+            dispatcher.example, dispatcher.counted = candidate.dispatcher.example, candidate.dispatcher.counted
             new.candidates[other] = Candidate(candidate.path, other, dispatcher, dict(candidate.failures), candidate.unkeyed, candidate.called)
         return new
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from fxopt.dispatch.checking import EDGE, Checking
+from fxopt.dispatch.checking import EDGE, SEED, Checking
 from fxopt.dispatch.lowered import Entry, Lowered, adapter_of, edges, last_assuming, unbound, without_assumptions, writes_input
 from fxopt.errors import CallError, CaptureError, Untraceable
 from fxopt.ir import regions
@@ -19,6 +19,7 @@ from fxopt.ir.program import Program, Sample
 from fxopt.passes import pipeline as pipelines
 from fxopt.passes.pipeline import Pipeline
 from fxopt.runtime import adapted, compression, saving, selfcheck
+from fxopt.runtime.attributes import Changed, changed
 from fxopt.runtime.binding import Binding, live_state, routing, unrouted
 from fxopt.runtime.garbage import only_own
 from fxopt.runtime.install import install
@@ -63,6 +64,7 @@ class Dispatcher(Checking):
         self.example: Call | None = None  # the latest one
         self.notes: list[str] = []
         self.tapping: Tapping | None = None
+        self.counted: frozenset[str] = frozenset()  # numbers that the code changes at every call
         self._watched: Watched | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Dispatcher:
@@ -72,7 +74,7 @@ class Dispatcher(Checking):
         new = memo[id(self)] = type(self)(model, self.passes, check=self.check, verify=self.verify)
         new.pipelines, new.active, new.enabled = dict(self.pipelines), self.active, self.enabled
         new.entries = self.entries_unbound()
-        new.runners, new.notes = dict(self.runners), list(self.notes)
+        new.runners, new.notes, new.counted = dict(self.runners), list(self.notes), self.counted
         return new
 
     def entries_unbound(self) -> dict[Any, list[Entry]]:
@@ -137,7 +139,7 @@ class Dispatcher(Checking):
         return self._watched
 
     def _watch(self) -> Watched:
-        return Watched(self.model)
+        return Watched(self.model, ignored=self.counted)
 
     def refresh(self) -> None:
         """Forget all programs if a module of the model was replaced."""
@@ -236,11 +238,18 @@ class Dispatcher(Checking):
 
     def _attempt(self, call: Call, exact: bool, share: bool = True) -> Entry:
         """Capture, check, optimize and check again. `exact`: for the call's own sizes of 0 and 1 alone. `share`: trace repeated blocks once."""
-        with adapted.skeleton(self.model), routing(unrouted), kept_random() as drawn:
+        self._refuse_counted()
+        with adapted.skeleton(self.model), routing(unrouted), kept_random() as drawn, changed(self.model) as attributes:
             raw = self._raw(call, exact, share)
             if drawn():
                 raise Untraceable(f"{type(self.model).__name__} draws random numbers from Python's or NumPy's generators, which a graph would fix",
                                   where=self._said(), do="draw them with torch, or outside of the model")
+        if attributes.numbers:
+            self.counted, self._watched = self._counted_on(call), None
+            self._refuse_counted()
+        if attributes.others:
+            self.note(f"{', '.join(sorted(attributes.others)[:3])}{' and more' if len(attributes.others) > 3 else ''}: set by the model's code, and not when its graph runs: "
+                      "return what is read after a call")
         raw = raw.replace(facts=raw.facts | self._facts())
         self._accept(raw)
         entry = Entry(raw, guards(raw))
@@ -262,6 +271,25 @@ class Dispatcher(Checking):
     def _raw(self, call: Call, exact: bool, share: bool) -> Program:
         """The program of a call before any pass."""
         return capture(self.model, call, exact=exact, share=share, note=self.note)
+
+    def _refuse_counted(self) -> None:
+        """Code that counts its calls stays Python, for any kind of call: what it counts is read where it does not count, too."""
+        if self.counted:
+            raise Untraceable(f"{type(self.model).__name__} changes {', '.join(sorted(self.counted)[:3])} at every call, which a graph would not", where=self._said(),
+                              do="keep the number in a buffer, change it outside of the model, or pass it as an argument")
+
+    def _counted_on(self, call: Call) -> frozenset[str]:
+        """The numbers on modules that the code changes at every call, and not only at the first of a kind."""
+        found = Changed(self.model)
+
+        def twice(given: Sequence[torch.Tensor]) -> None:
+            self._original(call, given)
+            found.begin()
+            self._original(call, given)
+            found.end()
+
+        selfcheck.step(self.model, twice, call.tensors, SEED, frozenset())
+        return frozenset(found.numbers)
 
     def _shared(self) -> bool:
         """Whether some of the latest capture stands for more than it was traced from."""

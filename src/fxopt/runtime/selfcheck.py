@@ -16,6 +16,7 @@ from fxopt.errors import CaptureError
 from fxopt.ir.program import Program
 from fxopt.ir.structure import opened
 from fxopt.kernels.tolerance import SELF_CHECK, SELF_CHECK_FLOOR, SELF_CHECK_RESPONSE, SELF_CHECK_ROUNDINGS
+from fxopt.runtime.attributes import kept_numbers
 from fxopt.runtime.binding import locate
 from fxopt.torch_private import TorchDispatchMode, pytree
 
@@ -53,7 +54,7 @@ class Outcome:
 def _restored(model: nn.Module, devices: Sequence[int]) -> Iterator[None]:
     places = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]  # a forward may write into a buffer or put another in its place
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), kept_numbers(model):
         try:
             yield
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from operator import attrgetter, is_
 from typing import Any
 
@@ -37,15 +37,16 @@ class Watched:
     To read the kinds of the parameters one by one alone takes 0.19, a walk through `model.parameters()` 0.5.
     """
 
-    def __init__(self, model: nn.Module, called: str = "") -> None:
-        """`called`: path of the module whose call runs the program, hooks included; "" for the model itself."""
+    def __init__(self, model: nn.Module, called: str = "", ignored: Container[str] = ()) -> None:
+        """`called`: path of the module whose call runs the program, hooks included; "" for the model itself. `ignored`: paths of plain
+        attributes that no program depends on."""
         modules = list(model.named_modules())
         blocks = {"", called, *regions.repeated_blocks(model)}
         self.children = [(m._modules, name, child, f"{path}.{name}".strip(".")) for path, m in modules for name, child in m._modules.items()]
         self.present_children = [child for _, _, child, _ in self.children]
         self.modules = [m._modules for _, m in modules for _ in m._modules], [name for _, m in modules for name in m._modules]
-        plain = [(m.__dict__, name) for _, m in modules for name, value in m.__dict__.items()
-                 if name == "training" or (not name.startswith("_") and isinstance(value, (bool, int, float, str)))]
+        plain = [(m.__dict__, name) for path, m in modules for name, value in m.__dict__.items()
+                 if name == "training" or (not name.startswith("_") and isinstance(value, (bool, int, float, str)) and f"{path}.{name}".strip(".") not in ignored)]
         self.plain = [found for found, _ in plain], [name for _, name in plain]
         self.stores = [m._parameters for _, m in modules]
         self._attributes = self._parameters = Snapshot([])
