@@ -13,7 +13,7 @@ from tests.train.processes import together
 
 def test_plain_data_of_any_length_is_shared() -> None:
     def ranks(rank: int) -> tuple[list[Any], Any]:
-        join(30.0)
+        join(30.0, 30.0)
         processes = Processes(30.0, 30.0)
         value = {"rank": rank, "text": "x" * 3000 * rank, "numbers": [1, math.inf, (None, True)], "tensor": torch.full((rank, 2), 0.5, dtype=torch.bfloat16)}
         shared, gathered = processes.share(value), processes.gather(value)

@@ -156,6 +156,32 @@ def test_two_machines_train_and_a_killed_rank_ends_both(tmp_path: Path, capfd: p
     assert "Rank 1 was lost" in capfd.readouterr().err
 
 
+HANGING = """
+import sys, time
+from fxopt.train.callbacks import Callback
+from fxopt.train.strategies.ddp import DDP
+from fxopt.train.trainer import fit
+from tests.train.small import Net, batches
+
+class Act(Callback):
+    def on_step_end(self, state):
+        if state.step == 2 and state.rank == 1:
+            time.sleep(1000)
+
+fit(Net(), batches(24), epochs=1, seed=0, progress=False, callbacks=[Act()], strategy=DDP(timeout=3))
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_does_not_keep_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str], importable: Any) -> None:
+    """Rank 0 ends with its error though its exchange with rank 1 is still open; so the launcher ends rank 1, by SIGKILL after 30 s at most."""
+    (tmp_path / "hang.py").write_text(HANGING)
+    began = time.monotonic()
+    assert launch([str(tmp_path / "hang.py")], 2, grace=2.0) == 1
+    assert time.monotonic() - began < 80
+    assert "did not come to an exchange within 3 s" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_under_torchrun_on_one_machine_and_on_two(tmp_path: Path, importable: Any) -> None:
     def torchrun(command: list[str], *options: str) -> subprocess.Popen[str]:

@@ -38,7 +38,7 @@ class DDP(Single):
     def __init__(self, *, timeout: float = 1800.0, silence: float = 60.0, joining: float = 300.0, bucket: int = 25 << 20, overlap: bool = True) -> None:
         if not (timeout > 0 and silence > 0 and joining > 0 and bucket > 0):
             raise DataError(f"timeout={timeout}, silence={silence}, joining={joining}, bucket={bucket}", where="DDP", do="All of them are above 0.")
-        join(joining)
+        join(joining, timeout)
         self.processes = Processes(timeout, silence)
         self.rank, self.world = self.processes.rank, self.processes.world
         self.buckets = Buckets(self.processes.start_sum, self.processes.wait, bucket, overlap)

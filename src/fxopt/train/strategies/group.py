@@ -28,11 +28,12 @@ _runs = 0
 """Groups made by this process: equal on all ranks, so that the keys of one run are not those of another."""
 
 
-def join(timeout: float) -> None:
+def join(joining: float, timeout: float) -> None:
     """Make the process group that the launcher's variables describe, unless there is one. gloo for the CPU, nccl for CUDA.
 
     Args:
-        timeout: seconds to wait for the other processes.
+        joining: seconds to wait for the other processes. timeout: seconds of one exchange. The group must know them: a process does not end
+            before an exchange that it has begun does, also when it has given up waiting.
 
     Raises:
         ProcessError: nobody has said which process this is, or the others did not come.
@@ -49,14 +50,17 @@ def join(timeout: float) -> None:
         torch.cuda.set_device(found.local % torch.cuda.device_count())
     # torchrun may hold the store itself, which env:// knows from its variables.
     url = "env://" if found.source == "torchrun" else f"tcp://{found.host}:{found.port}"
-    wait = datetime.timedelta(seconds=timeout)
+    wait = datetime.timedelta(seconds=joining)
     try:
         store, rank, world = next(dist.rendezvous(url, found.rank, found.world, timeout=wait))
         store.set_timeout(wait)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("fxopt", store), rank=rank, world_size=world, timeout=wait)
+        store.set(f"fxopt/here/{rank}", "")
+        store.wait([f"fxopt/here/{other}" for other in range(world)], wait)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("fxopt", store), rank=rank, world_size=world,
+                                timeout=datetime.timedelta(seconds=timeout))
     except (RuntimeError, ValueError, OSError) as error:  # torch's DistError is a RuntimeError
         raise ProcessError(f"The {found.world} processes did not meet: {str(error).splitlines()[0]}", where=f"rank {found.rank}, {found.host}:{found.port} ({found.source})",
-                           do=f"Within {timeout:.0f} s all of them must reach that host and port. Are all started, with different ranks?") from error
+                           do=f"Within {joining:.0f} s all of them must reach that host and port. Are all started, with different ranks?") from error
     atexit.register(_leave)
 
 
