@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._decomp import decompositions
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.proxy import TracerBase
 from torch.nn.utils import parametrizations
@@ -119,13 +120,28 @@ def test_a_checkpointed_block_saves_little() -> None:
 def test_patches_are_undone_also_after_an_error() -> None:
     def state() -> tuple[Any, ...]:
         return (torch.autograd.Function.__dict__["apply"], torch.utils.checkpoint.CheckpointFunction, nn.Module.to, torch._dynamo.config.fake_tensor_cache_enabled,
-                ShapeEnv.evaluate_expr, TracerBase._filter_traceback_frames, torch.autograd.grad, torch.autograd.backward)
+                ShapeEnv.evaluate_expr, TracerBase._filter_traceback_frames, torch.autograd.grad, torch.autograd.backward,
+                decompositions.select_one_layer_lstm_function, decompositions._rnn_helper)
 
     before = state()
-    with pytest.raises(ZeroDivisionError), torch_patches.for_capture(), torch_patches.bounded_sizes(), torch_patches.derivatives():
+    with pytest.raises(ZeroDivisionError), torch_patches.for_capture(), torch_patches.bounded_sizes(), torch_patches.derivatives(), torch_patches.recurrent_layers():
         assert not any(a is b for a, b in zip(before, state(), strict=True))
         1 / 0
     assert state() == before
+
+
+def test_an_lstm_trains_on_inputs_without_gradient_and_drops_between_its_layers() -> None:
+    torch.manual_seed(0)
+    eager, x = nn.LSTM(3, 4, 2, dropout=0.5, bidirectional=True), torch.randn(2, 2, 3)
+    opt = fxopt.optimize(copy.deepcopy(eager), "canonicalize", inputs=(x,), check=False)
+    outputs = []
+    for model in (eager, opt):
+        torch.manual_seed(1)
+        outputs.append(model(x)[0])
+        outputs[-1].square().sum().backward()
+    torch.testing.assert_close(*outputs)
+    for ours, theirs in zip(opt.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 class Windows(nn.Module):

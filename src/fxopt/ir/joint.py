@@ -22,6 +22,7 @@ from fxopt.ir import meta
 from fxopt.ir.edit import copy_graph, random
 from fxopt.ir.region_graph import detach_outputs, reshape_views, retarget, share_sizes
 from fxopt.ir.regions import Region
+from fxopt.ir.torch_patches import recurrent_layers
 from fxopt.torch_private import aot_autograd
 
 
@@ -94,7 +95,7 @@ def trace(region: Region, requires_grad: Sequence[bool], fake_mode: Any, *, only
     args = region_examples(region, requires_grad, fake_mode)
     place = region.path or "<outside the blocks>"
     try:
-        with contextlib.ExitStack() as stack, warnings.catch_warnings(), torch.enable_grad(), fx_traceback.preserve_node_meta():
+        with contextlib.ExitStack() as stack, warnings.catch_warnings(), torch.enable_grad(), recurrent_layers(), fx_traceback.preserve_node_meta():
             warnings.simplefilter("ignore")
             traced = aot_autograd.aot_export_joint_with_descriptors(stack, module, tuple(args))
     except Exception as error:

@@ -21,6 +21,7 @@ import sympy
 import torch
 import torch.fx.traceback as fx_traceback
 import torch.nn as nn
+from torch._decomp import decompositions
 import torch.utils.checkpoint as checkpoint
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.proxy import TracerBase
@@ -233,6 +234,33 @@ def bounded_sizes() -> Iterator[list[str]]:
         yield grew
     finally:
         ShapeEnv.evaluate_expr = saved  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def recurrent_layers() -> Iterator[None]:
+    """torch's rules that take recurrent layers apart, as training needs them.
+
+    Where its input takes no gradient, an LSTM on a CPU becomes an operator for inference, whose backward fails: its weights learn all the
+    same. And the dropout between layers is left out, since the rule compares the number of layers with that of the layer the wrong way round.
+    """
+    saved = decompositions.select_one_layer_lstm_function, decompositions._rnn_helper
+
+    def helper(input: torch.Tensor, hidden: Any, params: Any, biases: Any, layers: int, dropout: float, train: bool, both: bool, batch_first: bool, layer: Any) -> Any:
+        last: list[torch.Tensor] = []  # the input of the latest layer, and that with dropout
+
+        def dropped(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # a layer that goes both ways is called twice
+            if not last or x is not last[0]:
+                last[:] = x, torch.dropout(x, dropout, train) if last and dropout else x
+            return layer(last[1], *args, **kwargs)
+
+        return saved[1](input, hidden, params, biases, layers, 0.0, train, both, batch_first, dropped)
+
+    decompositions.select_one_layer_lstm_function = lambda input, hx, params: decompositions.one_layer_lstm
+    decompositions._rnn_helper = helper
+    try:
+        yield
+    finally:
+        decompositions.select_one_layer_lstm_function, decompositions._rnn_helper = saved
 
 
 @contextlib.contextmanager
