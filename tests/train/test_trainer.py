@@ -221,6 +221,7 @@ def test_limits(tmp_path: Path) -> None:
     assert (len(result.steps), result.epochs) == (4, 2)
     result, _ = run(fast_dev_run=True, val=batches(3), output_dir=tmp_path / "none", epochs=7)
     assert len(result.steps) == 1 and not (tmp_path / "none").exists() and "val_loss" in result.metrics
+    assert len(run(fast_dev_run=2, epochs=7)[0].steps) == 2
     seen: list[float] = []
     result, _ = run(overfit_batches=2, epochs=3, shuffle=True, count=lambda batch: seen.append(float(batch[0].sum())) or 1)
     assert len(result.steps) == 6 and seen[:2] * 3 == seen

@@ -74,7 +74,7 @@ class Trainer:
             needs nothing here: its loss scaler is made by itself.
         validate_every: steps between validations; None: after each epoch, and at the end of a run of so many steps.
         limit_train, limit_validate, limit_test, limit_predict: batches of a pass. overfit_batches: train on the first so many, always the
-            same. fast_dev_run: one batch of everything, nothing is written.
+            same. fast_dev_run: so many batches of everything (True: one), nothing is written.
         not_finite: "raise" or "skip" a step whose loss or gradient is not finite. spikes: leave out steps far above those before.
         batch_size, shuffle: for data that are samples. workers: processes that load them.
         output_dir: the run's folder: metrics.jsonl, metrics.csv, times.jsonl, report.html, checkpoints/, and the adapter in adapter/.
@@ -109,7 +109,7 @@ class Trainer:
     limit_test: int | None = None
     limit_predict: int | None = None
     overfit_batches: int | None = None
-    fast_dev_run: bool = False
+    fast_dev_run: bool | int = False
     not_finite: str = "raise"
     spikes: Spikes | None = None
     batch_size: int | None = None
@@ -234,7 +234,7 @@ class Trainer:
 
     def _run(self, task: Task, strategy: Strategy, data: Source, validation: Source | None, folder: Path | None, signals: Signals) -> Run:
         module = task.module
-        limits = [limit for limit in (self.limit_train, self.overfit_batches, 1 if self.fast_dev_run else None) if limit is not None]
+        limits = [limit for limit in (self.limit_train, self.overfit_batches, int(self.fast_dev_run) or None) if limit is not None]
         limit = min(limits, default=None)
         batches_of = accumulation(self.accumulate)
         steps = planned_steps(data, None if self.fast_dev_run else self.steps, 1 if self.fast_dev_run else self.epochs, batches_of, limit)
@@ -247,7 +247,7 @@ class Trainer:
         rates = own[1] if own is not None and own[1] is not None else Scheduled(made, self._schedules(steps))
         state.optimizer, state.optimizers = made[0], made
         plan = Plan(steps, 1 if self.fast_dev_run else self.epochs, batches_of, self.clip, self.clip_value, limit,
-                    1 if self.fast_dev_run else self.limit_validate if self.overfit_batches is None else limit, self.validate_every, self.log_every, _DTYPES[self.precision],
+                    int(self.fast_dev_run) or (self.limit_validate if self.overfit_batches is None else limit), self.validate_every, self.log_every, _DTYPES[self.precision],
                     None if self.max_seconds is None else time.monotonic() + self.max_seconds)
         optimized = callable(getattr(type(module), "prepare", None))
         saver = None
