@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.nn.parameter import is_lazy
 
 from fxopt import in_parts
 from fxopt.adapting import Adapting, call_of
@@ -61,6 +62,9 @@ def optimize(model: nn.Module, passes: Passes | None = None, *, inputs: tuple[An
         raise FxoptError(f"optimize takes an nn.Module, got {type(model).__name__}", do="wrap the function in a module")
     if isinstance(model, Optimized):
         raise FxoptError("the model is optimized already", do="optimize `opt.model` with the whole pipeline")
+    lazy = next((name for name, value in (*model.named_parameters(), *model.named_buffers()) if is_lazy(value)), None)
+    if lazy is not None:
+        raise FxoptError(f"{lazy} has no shape yet (a lazy module)", do="call the model on a batch before it is optimized")
     chosen = presets.exact() if passes is None else pipeline(passes)
     opt = _class_for(type(model))(model, Dispatcher(model, chosen, check=check, verify=verify))
     if inputs is not None:

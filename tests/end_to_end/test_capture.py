@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import fxopt
-from fxopt.errors import CaptureError
+from fxopt.errors import CallError, CaptureError, FxoptError
 from fxopt.kernels.tolerance import same
 from fxopt.ir import torch_patches
 from fxopt.runtime import selfcheck
@@ -121,7 +121,7 @@ def test_patches_are_undone_also_after_an_error() -> None:
     def state() -> tuple[Any, ...]:
         return (torch.autograd.Function.__dict__["apply"], torch.utils.checkpoint.CheckpointFunction, nn.Module.to, torch._dynamo.config.fake_tensor_cache_enabled,
                 ShapeEnv.evaluate_expr, TracerBase._filter_traceback_frames, torch.autograd.grad, torch.autograd.backward,
-                decompositions.select_one_layer_lstm_function, decompositions._rnn_helper)
+                decompositions.select_one_layer_lstm_function, decompositions._rnn_helper, torch.inference_mode.__enter__, torch.inference_mode.__exit__)
 
     before = state()
     with pytest.raises(ZeroDivisionError), torch_patches.for_capture(), torch_patches.bounded_sizes(), torch_patches.derivatives(), torch_patches.recurrent_layers():
@@ -142,6 +142,71 @@ def test_an_lstm_trains_on_inputs_without_gradient_and_drops_between_its_layers(
     torch.testing.assert_close(*outputs)
     for ours, theirs in zip(opt.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+class Frozen(nn.Module):
+    """Features computed under inference mode, between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            features = self.first(x)
+        return self.second(x * features.clone()).sum()
+
+
+def test_inference_mode_inside_a_model_takes_no_gradient() -> None:
+    opt = fxopt.optimize(Frozen(), "canonicalize", inputs=(torch.randn(3, 4),))
+    opt(torch.randn(2, 4)).backward()
+    assert not opt.parts and opt.first.weight.grad is None and opt.second.weight.grad is not None
+
+
+class Adjacent(nn.Module):
+    """A sparse matrix as a buffer: torch.export takes no sparse product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("edges", torch.eye(4).to_sparse())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sparse.mm(self.edges, self.linear(x)).sum()
+
+
+def test_a_model_with_a_sparse_buffer_runs_in_parts() -> None:
+    opt = fxopt.optimize(Adjacent(), "lora(rank=2)", inputs=(torch.randn(4, 4),))
+    assert [part.name for part in opt.parts if part.captured] == ["linear"] and "a whole step in parts against the model" in opt.report
+
+
+class Late(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return (self.linear(x) * i for i in range(2))
+
+
+class Slope(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.func.vmap(torch.func.grad(lambda row: self.linear(row).tanh().sum()))(x).square().mean()
+
+
+def test_what_cannot_be_a_program_is_refused_with_a_cure() -> None:
+    with pytest.raises(CaptureError, match="no part of it that has parameters can be captured"):  # and not that its own code fails
+        fxopt.optimize(Slope(), inputs=(torch.randn(5, 3),))
+    with pytest.raises(CaptureError, match="(?s)returns an iterator.*return a list"):
+        fxopt.optimize(Late(), inputs=(torch.randn(2, 4),))
+    with pytest.raises(FxoptError, match="0.weight has no shape yet"):
+        fxopt.optimize(nn.Sequential(nn.LazyLinear(3)))
+    with pytest.raises(CallError, match="nested tensor"):
+        fxopt.optimize(nn.Linear(4, 4), inputs=(torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)], layout=torch.jagged),))
 
 
 class Windows(nn.Module):

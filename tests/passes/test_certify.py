@@ -207,6 +207,30 @@ def test_what_was_never_compared_is_unproven_and_no_proof() -> None:
     assert dataclasses.replace(stage, facts={"outputs": "wrong"}).verdict == "fails"
 
 
+class Sparse(nn.Module):
+    """A table whose gradient is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 4, sparse=True)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.table(ids).square().mean()
+
+
+def test_sparse_gradients_are_compared() -> None:
+    ids = torch.tensor([[1, 2, 3], [3, 3, 0]])
+    assert fxopt.optimize(Sparse(), "canonicalize", inputs=(ids,), check=False).verify(runs=0).holds
+
+
+def test_a_size_that_no_plan_takes_is_skipped() -> None:
+    """A batch norm has no variance of one sample: eager code refuses it, and so does the plan."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    certificate = fxopt.optimize(model, "memory(least)", inputs=(torch.randn(5, 4),), check=False).verify(runs=0)
+    skipped = [each for each in certificate.stages[-1].results if each.status == "skipped"]
+    assert certificate.holds and [each.case for each in skipped] == ["batch 1"] and "refuses this case: LowerError" in skipped[0].says
+
+
 def test_what_is_zero_on_every_case_is_told() -> None:
     def half(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return (x * 2.0).relu() + y * 0.0, y * 0.0

@@ -13,6 +13,7 @@ from fxopt.dispatch.lowered import Entry, Lowered, edges, reads
 from fxopt.errors import CaptureError
 from fxopt.ir import meta
 from fxopt.ir.capture import Call
+from fxopt.ir.facts import Installed
 from fxopt.ir.program import Program
 from fxopt.passes.pipeline import Pipeline
 from fxopt.runtime import adapted, compression, selfcheck
@@ -29,6 +30,7 @@ class Checking:
 
     model: nn.Module
     passes: Pipeline
+    installed: Installed | None
 
     def _variant(self, entry: Entry, call: Call, check: Call | None = None) -> Lowered:
         raise NotImplementedError
@@ -55,7 +57,7 @@ class Checking:
 
     def _original(self, call: Call, tensors: Sequence[torch.Tensor]) -> Any:
         args, kwargs = call.rebuild(tensors)
-        with recomputed(), routing(unrouted):
+        with recomputed() if self.installed is not None else contextlib.nullcontext(), routing(unrouted):  # torch.func has no rule for what it does
             return type(self.model).forward(self.model, *args, **kwargs)
 
     def _compare_original(self, raw: Program, call: Call, wanted: frozenset[str]) -> selfcheck.Outcome:

@@ -9,6 +9,8 @@ from fxopt.errors import FxoptError
 
 _VALUES = "its code goes on by the values of a tensor, which a graph cannot hold"
 _CURES = (
+    (re.compile(r"distributions\b|\b(Normal|LogNormal|Uniform|Laplace|Categorical|Bernoulli|Beta|Gamma|Dirichlet|Poisson|Independent|MixtureSameFamily)\("),
+     "a distribution looks at the values that it is given: make it with validate_args=False"),
     (re.compile(r"^\s*for\b|nonzero|unique\("), "compute all of it at once, with grouped or batched products and masks (transformers' experts: "
      "`model.set_experts_implementation(\"grouped_mm\")`)"),
     (re.compile(r"\bprint\(|\blogg?(er|ing)?\."), "say it outside of the model, or in a hook of a module that runs as Python"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -226,6 +226,8 @@ class Dispatcher(Checking):
             self.note(f"captured again: {reasons[-1]}")
         if self.installed is not None:
             self._refuse_unfrozen()
+        if any(t.is_nested for t in call.tensors):
+            raise CallError("a nested tensor cannot be part of a captured call", where=type(self.model).__name__, do="pad it and pass the lengths or a mask, or call `opt.model`")
         shapes = tuple(tuple(t.shape) for t in call.tensors)
         try:
             entry = self._attempt(call, exact=any(r.startswith(EDGE) for r in reasons))
@@ -244,6 +246,8 @@ class Dispatcher(Checking):
             if drawn():
                 raise Untraceable(f"{type(self.model).__name__} draws random numbers from Python's or NumPy's generators, which a graph would fix",
                                   where=self._said(), do="draw them with torch, or outside of the model")
+        if any(isinstance(value, Iterator) for value in raw.outputs):
+            raise Untraceable(f"{type(self.model).__name__} returns an iterator, whose code runs after the call", where=self._said(), do="return a list or a tuple")
         if attributes.numbers:
             self.counted, self._watched = self._counted_on(call), None
             self._refuse_counted()

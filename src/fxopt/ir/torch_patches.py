@@ -213,6 +213,26 @@ def all_user_frames() -> Iterator[None]:
         TracerBase._filter_traceback_frames = saved  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def inference_without_gradients() -> Iterator[None]:
+    """`torch.inference_mode()` in a forward is `torch.no_grad()`: a trace does not see it, and would give gradients to what is computed inside."""
+    kind, running = torch.inference_mode, []
+    saved = kind.__enter__, kind.__exit__
+
+    def enter(self: Any) -> None:
+        running.append(torch.no_grad() if self.mode else contextlib.nullcontext())
+        running[-1].__enter__()
+
+    def leave(self: Any, *error: Any) -> None:
+        running.pop().__exit__(*error)
+
+    kind.__enter__, kind.__exit__ = enter, leave  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        kind.__enter__, kind.__exit__ = saved  # type: ignore[method-assign]
+
+
 LARGEST_SIZE = 200
 """Terms of the expression of a size, counted with repetition. Measured in seven convolutional models: 7 to 95."""
 
@@ -292,7 +312,7 @@ def _innermost(frames: Iterable[traceback.FrameSummary]) -> str:
 @contextlib.contextmanager
 def for_capture() -> Iterator[None]:
     """All patches that a capture needs."""
-    with keep_autograd_functions(), mark_checkpoints(), conversions_that_change_nothing(), without_fake_cache(), all_user_frames(), quiet():
+    with keep_autograd_functions(), mark_checkpoints(), conversions_that_change_nothing(), without_fake_cache(), all_user_frames(), inference_without_gradients(), quiet():
         yield
 
 

@@ -244,7 +244,7 @@ def _shown(program: Program, outputs: Sequence[Any], given: Sequence[torch.Tenso
     leaves |= {f"gradient of input {node.name}": value for node, value in zip(program.placeholders, given) if value.requires_grad}
     grads = torch.autograd.grad([out for out, _ in seeds], list(leaves.values()), [seed for _, seed in seeds], allow_unused=True) if seeds and leaves else ()
     found = {f"output {i}": out.detach() for i, out in enumerate(outputs) if isinstance(out, torch.Tensor)}
-    found |= {name: grad for name, grad in zip(leaves, grads) if grad is not None}
+    found |= {name: grad.to_dense() if grad.is_sparse else grad for name, grad in zip(leaves, grads) if grad is not None}
     found |= {f"buffer {name}": value.detach() for name, value in held.items() if name in program.slots and program.slots[name].kind == "buffer"}
     return found
 

@@ -55,6 +55,8 @@ def recomputed() -> Iterator[None]:
 
 
 def _pack(saved: torch.Tensor) -> Any:
+    if saved.layout is not torch.strided:  # without a storage
+        return saved.detach()
     with DisableTorchFunctionSubclass():
         known = (_made or {}).get(saved.untyped_storage()._cdata)
         # detached: a node that saves its own output would hold itself alive

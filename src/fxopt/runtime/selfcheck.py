@@ -132,10 +132,15 @@ def step(model: nn.Module, run: Run, inputs: Sequence[torch.Tensor], seed: int, 
         if torch.is_grad_enabled() and floats and chosen_:
             losses = [o for o in floats if o.dim() == 0] or [_projected(o) for o in floats]
             found = _gradients(torch.stack([x.double() for x in losses]).sum(), [p for _, p in chosen_])
-            gradients = {name: g.to_dense() if g is not None and g.is_sparse else g for name, g in zip(gradients, found)}
-        buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-        plain = [o.detach().clone() if isinstance(o, torch.Tensor) else o for o in outputs]
+            gradients = {name: _dense(g) for name, g in zip(gradients, found)}
+        buffers = {name: _dense(b).detach().clone() for name, b in model.named_buffers()}
+        plain = [_dense(o).detach().clone() if isinstance(o, torch.Tensor) else o for o in outputs]
     return Step(plain, gradients, buffers)
+
+
+def _dense(value: Any) -> Any:
+    """The same numbers in a tensor that can be compared."""
+    return value.to_dense() if isinstance(value, torch.Tensor) and value.layout is not torch.strided else value
 
 
 def _gradients(total: torch.Tensor, wanted: list[torch.Tensor]) -> list[torch.Tensor | None]:
