@@ -38,6 +38,12 @@ def bare():
     return Tiny()
 def branch():
     return Branch(), torch.randn(3, 4)
+def broken():
+    raise KeyError("size")
+def number():
+    return 5, torch.randn(3, 4)
+def misfit():
+    return Tiny(), torch.randn(3, 5)
 '''
 
 
@@ -109,11 +115,21 @@ def test_json_and_report(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     (["tiny_models:bare"], 2, "gives no inputs"),
     (["tiny_models:bare", "--inputs", "x=floaty[3]"], 2, "is no input"),
     (["tiny_models:branch"], 3, "cannot be captured"),
+    (["tiny_models:broken"], 2, "tiny_models:broken raises KeyError: 'size'"),
+    (["tiny_models:number"], 2, "gives int as the model"),
 ])
 def test_errors(here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, says: str) -> None:
     assert main(["dump", *arguments]) == code
     said = capsys.readouterr()
     assert says in said.err and said.out == ""
+
+
+def test_wrong_inputs_and_numbers_of_runs_are_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "tiny_models:misfit"]) == 3
+    said = capsys.readouterr().err
+    assert said.startswith("fxopt: Tiny fails on this call by itself: RuntimeError: mat1 and mat2")
+    assert main(["verify", "tiny_models:tiny", "--runs", "-1"]) == 3
+    assert "runs is how many inputs are drawn, got -1" in capsys.readouterr().err
 
 
 def test_wrong_usage_is_two() -> None:

@@ -205,6 +205,8 @@ def test_what_cannot_be_a_program_is_refused_with_a_cure() -> None:
         fxopt.optimize(Late(), inputs=(torch.randn(2, 4),))
     with pytest.raises(FxoptError, match="0.weight has no shape yet"):
         fxopt.optimize(nn.Sequential(nn.LazyLinear(3)))
+    with pytest.raises(CallError, match="meta device"):
+        fxopt.optimize(nn.Linear(4, 4, device="meta"), inputs=(torch.randn(3, 4, device="meta"),))
     with pytest.raises(CallError, match="nested tensor"):
         fxopt.optimize(nn.Linear(4, 4), inputs=(torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)], layout=torch.jagged),))
 

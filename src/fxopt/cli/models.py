@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,16 @@ def _from_factory(name: str) -> tuple[Any, Any]:
     factory = named(name)
     if not callable(factory):
         raise UsageError(f"{name} is a {type(factory).__name__}", do="name a function that gives the model")
-    made = factory()
-    return made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    try:
+        made = factory()
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise UsageError(f"{name} raises {type(error).__name__}: {error}", where=f"{last.filename}:{last.lineno}: {last.line}", do="call it by itself and look") from error
+    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not hasattr(model, "named_parameters"):
+        given = f"a tuple of {len(made)}" if isinstance(made, tuple) and len(made) != 2 else f"{type(model).__name__} as the model"
+        raise UsageError(f"{name} gives {given}", do="return an nn.Module, or (model, inputs)")
+    return model, example
 
 
 def named(name: str) -> Any:
@@ -70,7 +79,10 @@ def _from_folder(folder: Path, example: bool) -> tuple[Any, dict[str, Any] | Non
     import torch
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"transformers cannot read the config: {str(error).splitlines()[0]}", where=str(folder / "config.json")) from error
     names = config.architectures or []
     cls = getattr(transformers, names[0], None) if names else None
     if cls is None:

@@ -143,7 +143,8 @@ class RootDispatcher(WholeDispatcher):
             found: list[Any] = []
             self._step(call, lambda given: found.append(flops(self.model, lambda: self._original(call, given))))
         except Exception as own:
-            raise CaptureError(f"{error.what}; and the original code fails on this call: {type(own).__name__}: {own}", where=error.where, do=error.do) from own
+            raise CaptureError(f"{type(self.model).__name__} fails on this call by itself: {type(own).__name__}: {own}", where=error.where,
+                               do="give inputs that the original code takes") from own
         if self.installed is not None:  # what adapted weights cost is no measure of the model
             return {}, 0
         shares, total = found[0]

@@ -182,6 +182,8 @@ class Dispatcher(Checking):
             constants.append((type(plain), repr(plain) if isinstance(plain, (float, complex)) else plain))  # -0.0 is not 0.0, nan is nan
         kinds = tuple((t.dtype, t.dim(), t.device, t.requires_grad) for t in call.tensors)
         device = call.tensors[0].device.type if call.tensors else "cpu"
+        if device == "meta":
+            raise CallError("the call's tensors are on the meta device, where nothing is computed", where=type(self.model).__name__, do="move model and inputs to a device")
         modes = torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return call.spec, tuple(constants), kinds, modes, self.watched.attributes(), self.watched.parameters()
 

@@ -190,7 +190,7 @@ def _advice(error: BaseException) -> str:
                 "write it with torch.where, or pass the condition as an argument")
     if "fake" in text.lower() and "constant" in text.lower():
         return "a tensor made during the call is kept on the module (make it in __init__, or register it as a buffer), or derivatives are taken inside (take them in the loop around the model)"
-    return "make the named line traceable by torch.export, or pass a submodule that is"
+    return "give what its forward takes" if "forward() got" in text or "forward() missing" in text else "make the named line traceable by torch.export, or pass a submodule that is"
 
 
 def _from_export(model: nn.Module, call: Call, exported: Any, returned: Returned, blocks: Blocks | None = None) -> Program:

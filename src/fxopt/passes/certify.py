@@ -278,6 +278,8 @@ def certify(program: Program, passes: Sequence[Pass], example: Sequence[torch.Te
     Raises:
         FxoptError: the example or the state is not the program's.
     """
+    if runs < 0:
+        raise FxoptError(f"runs is how many inputs are drawn, got {runs}", do="0 leaves the example and the adversarial ones")
     history = list(reversed(list(program.history())))
     raw = history[0]
     missing = [name for name in raw.slots if name not in state and name not in raw.constants and any(n.op == "get_attr" and n.target == name for n in raw.nodes)]
