@@ -130,9 +130,10 @@ def test_patches_are_undone_also_after_an_error() -> None:
     assert state() == before
 
 
-def test_an_lstm_trains_on_inputs_without_gradient_and_drops_between_its_layers() -> None:
+@pytest.mark.parametrize("both_ways", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_lstm_trains_on_inputs_without_gradient_and_drops_between_its_layers(both_ways: bool) -> None:
     torch.manual_seed(0)
-    eager, x = nn.LSTM(3, 4, 2, dropout=0.5, bidirectional=True), torch.randn(2, 2, 3)
+    eager, x = nn.LSTM(3, 4, 2, dropout=0.5, bidirectional=both_ways), torch.randn(2, 2, 3)
     opt = fxopt.optimize(copy.deepcopy(eager), "canonicalize", inputs=(x,), check=False)
     outputs = []
     for model in (eager, opt):
