@@ -24,6 +24,8 @@ _SLOT = 1024
 """Bytes that `share` exchanges at first: what is longer takes a second exchange."""
 _HEAD = 8
 _SLICE = datetime.timedelta(seconds=1)
+_MARGIN = datetime.timedelta(seconds=5)
+"""How much later the group gives an exchange up than `wait`, whose message says more."""
 _runs = 0
 """Groups made by this process: equal on all ranks, so that the keys of one run are not those of another."""
 
@@ -57,7 +59,7 @@ def join(joining: float, timeout: float) -> None:
         store.set(f"fxopt/here/{rank}", "")
         store.wait([f"fxopt/here/{other}" for other in range(world)], wait)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("fxopt", store), rank=rank, world_size=world,
-                                timeout=datetime.timedelta(seconds=timeout))
+                                timeout=datetime.timedelta(seconds=timeout) + _MARGIN)
     except (RuntimeError, ValueError, OSError) as error:  # torch's DistError is a RuntimeError
         raise ProcessError(f"The {found.world} processes did not meet: {str(error).splitlines()[0]}", where=f"rank {found.rank}, {found.host}:{found.port} ({found.source})",
                            do=f"Within {joining:.0f} s all of them must reach that host and port. Are all started, with different ranks?") from error
