@@ -11,21 +11,7 @@ import torch.nn as nn
 
 import fxopt
 from fxopt.errors import DifferentiatedTwice
-
-
-class Residual(nn.Module):
-    """The residual of an equation, whose derivatives autograd takes inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
-
-    def forward(self, places: torch.Tensor) -> torch.Tensor:
-        x = places.detach().requires_grad_(True)
-        u = self.body(x)
-        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
-        return (slope.square().sum(-1) + u.squeeze(-1)).square().mean()
+from tests.zoo.plain_others import Physics
 
 
 class Critic(nn.Module):
@@ -50,7 +36,7 @@ def equal_gradients(model: nn.Module, other: nn.Module) -> bool:
 
 
 def test_derivatives_inside_the_model() -> None:
-    eager = Residual()
+    eager = Physics()
     opt = fxopt.optimize(copy.deepcopy(eager))
     for batch in (5, 9):
         x = torch.randn(batch, 2)
@@ -59,7 +45,7 @@ def test_derivatives_inside_the_model() -> None:
             model(x).backward()
         assert any(p.grad is not None for p in eager.parameters()) and equal_gradients(eager, opt.model)
     assert "operator by operator" in str(opt.report) and [part.name for part in opt.parts if part.captured] == ["body"]
-    assert re.search(r"test_second_order.py:\d+: \(slope,\) = torch.autograd.grad.*asks autograd for derivatives: take them in the loop", str(opt.report))
+    assert re.search(r"plain_others.py:\d+: \(slope,\) = torch.autograd.grad.*asks autograd for derivatives: take them in the loop", str(opt.report))
 
 
 def test_a_penalty_of_gradients_is_refused_or_right() -> None:
@@ -86,7 +72,7 @@ def test_fused_ops_and_adapters_are_differentiated_twice() -> None:
         loss = penalty(opt, x)
     loss.backward()
     assert equal_gradients(eager, opt.model)
-    opt = fxopt.optimize(Residual(), "lora(rank=2)", inputs=(x[:, :2],))
+    opt = fxopt.optimize(Physics(), "lora(rank=2)", inputs=(x[:, :2],))
     opt(x[:, :2]).backward()
     with torch.no_grad():
         opt.model.body[0].lora_B["default"].fill_(0.5)
@@ -95,4 +81,4 @@ def test_fused_ops_and_adapters_are_differentiated_twice() -> None:
     found = {name: p.grad for name, p in opt.named_parameters() if p.requires_grad}
     merged = opt.model(x[:, :2])
     wanted = torch.autograd.grad(merged, [p for p in opt.parameters() if p.requires_grad])
-    assert len(found) == 4 and all(torch.allclose(a, b) for a, b in zip(found.values(), wanted, strict=True))
+    assert len(found) == 6 and all(torch.allclose(a, b) for a, b in zip(found.values(), wanted, strict=True))
