@@ -100,6 +100,10 @@ def allocated_peak(events: Any) -> int:
     return most
 
 
+# What a first call would import: torch.compile the compiler (2 s), fxopt its passes and a part of the compiler.
+LATE = ("torch._dynamo", "torch._inductor.compile_fx", "fxopt.api", "fxopt.passes.catalog")
+
+
 def operators(profile: torch.profiler.profile, number: int = 10) -> list[tuple[str, float, int]]:
     """(name, share of the time of all, calls) of the operators that took most of a profiled step, without what they called."""
     found = [event for event in profile.key_averages() if event.self_cpu_time_total > 0]
@@ -160,8 +164,10 @@ def measure(job: Job, adapter: Path, prepare: Callable[[PreTrainedModel, Job], P
     """The record of one process.
 
     prepare_seconds is from the model object to the object that is called; first_step_seconds is the first step, with what is compiled or
-    captured only then. Copying the adapter's values is in neither.
+    captured only then. Copying the adapter's values is in neither, nor are imports: of ours, of the peer's, and of what either loads late.
     """
+    for name in LATE:
+        importlib.import_module(name)
     model = build(job.row)
     weights = sum(tensor.nbytes for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
     with contextlib.ExitStack() as stack:

@@ -304,7 +304,7 @@ def check(spec: Spec, chosen: dict[str, Any]) -> None:
     selfcheck.compare(opt.model, expected, found, "the program", lambda: selfcheck.rounded(opt.model, original, call.tensors, 1))
     assert all(gradient is None or gradient.isfinite().all() for gradient in found.gradients.values())
     merged = opt.merge(certify=False)
-    outputs = [selfcheck.outputs(model, lambda given, model=model: model(**call.rebuild(given)[1]), call.tensors, 1) for model in (opt.model, merged)]
+    outputs = [selfcheck.step(model, lambda given, model=model: model(**call.rebuild(given)[1]), call.tensors, 1, frozenset()).outputs for model in (opt.model, merged)]
     assert all(same(a, b) for a, b in zip(*outputs, strict=True) if isinstance(a, torch.Tensor) and a.is_floating_point())
 
 

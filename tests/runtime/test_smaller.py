@@ -96,7 +96,8 @@ def test_a_batch_of_one_is_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
     opt = fxopt.optimize(model, "lora(rank=2)", inputs=(ids, ids.clone()))
     before = len(count)
     torch.testing.assert_close(opt(ids, ids.clone()), model(ids, ids.clone()))
-    assert before == 4 and len(count) == before
+    assert before == 3 and len(count) == before  # of the model, its graph, and the program with adapters
+    assert "program against the model" in opt.report and "2 of 2 gradients compared" in opt.report
 
 
 def test_adapters_that_add_nothing_are_left_out_of_all_weights_but_the_named() -> None:
@@ -129,3 +130,50 @@ def test_a_gradient_that_is_wrong_in_one_layer_is_found(monkeypatch: pytest.Monk
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
     with pytest.raises(CaptureError, match=r"2\.weight"):
         fxopt.optimize(model, "dead_code", inputs=(torch.randn(3, 8),))
+
+
+class Kinds(nn.Module):
+    """A linear, a convolution, an embedding, and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.conv, self.norm, self.head = nn.Embedding(11, 8), nn.Conv1d(8, 6, 3, padding=1), nn.LayerNorm(6), nn.Linear(6, 11)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.head(self.norm(self.conv(self.embed(ids).mT).mT).tanh()).flatten(0, 1), ids.flatten())
+
+
+def test_gradients_of_adapters_follow_from_those_of_the_weights_that_they_stand_beside() -> None:
+    torch.manual_seed(0)
+    model, ids = Kinds().double(), torch.randint(11, (3, 5))
+
+    def step() -> selfcheck.Step:
+        return selfcheck.step(model, lambda given: type(model).forward(model, *given), [ids], 0)
+
+    before = step()
+    opt = fxopt.optimize(model, Lora(rank=2, targets=("embed", "conv", "head"), modules_to_save=("norm",)), inputs=(ids,))
+    found, now = adapted.pulled_back(model, before.gradients), step().gradients
+    assert found is not None and found.keys() == now.keys() and len(now) == 8
+    assert sum(bool(grad.any()) for grad in found.values()) == 5  # each B or, of the embedding, A; and the norm's two
+    for name, grad in now.items():
+        torch.testing.assert_close(found[name], grad)
+    assert "8 of 8 gradients compared" in opt.report
+    with torch.no_grad():
+        model.head.lora_B["default"].fill_(1.0)
+    assert adapted.pulled_back(model, before.gradients) is None
+
+
+def test_an_adapter_whose_gradient_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    count, step = [], selfcheck.step
+
+    def wrong(*args: Any) -> Any:
+        found = step(*args)
+        count.append(0)
+        if len(count) == 3:
+            found.gradients["0.lora_B.default"].mul_(1.01)
+        return found
+
+    monkeypatch.setattr(selfcheck, "step", wrong)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    with pytest.raises(CaptureError, match=r"0\.lora_B\.default differs by 1\.0e-02"):
+        fxopt.optimize(model, "lora(rank=2)", inputs=(torch.randn(3, 8),))

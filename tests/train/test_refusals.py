@@ -126,3 +126,42 @@ def test_a_configuration_says_each_thing_once_and_as_a_list(tmp_path, lines, sai
     (tmp_path / "run.yaml").write_text(lines)
     with pytest.raises(DataError, match=said):
         config.load(tmp_path / "run.yaml")
+
+
+class Configured(Net):
+    """Makes its own optimizers."""
+
+    def training_step(self, batch, index):
+        return self(*batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("setting", [{"optimizer": "sgd"}, {"lr": 0.1}, {"schedule": "linear"}, {"warmup": 1}])
+def test_settings_beside_a_modules_own_optimizers_are_refused(setting):
+    with pytest.raises(DataError, match=f"`{next(iter(setting))}` is for an optimizer that the trainer makes"):
+        trainer(**setting).fit(Configured(), BATCHES)
+    trainer().fit(Configured(), BATCHES)
+
+
+def test_a_parameter_in_two_optimizers_is_refused():
+    class Twice(Configured):
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.parameters(), 0.1), torch.optim.SGD([self.layer.bias], 0.1)]
+
+    model = Net()
+    with pytest.raises(DataError, match=r"(?s)held by two optimizers.*: 1\..*layer.bias"):
+        trainer(optimizer=[torch.optim.SGD(model.parameters(), 0.1), torch.optim.SGD([model.layer.bias], 0.1)]).fit(model, BATCHES)
+    with pytest.raises(DataError, match="two optimizers"):
+        trainer().fit(Twice(), BATCHES)
+    trainer(optimizer=[torch.optim.SGD([model.layer.weight], 0.1), torch.optim.SGD([model.layer.bias], 0.1)]).fit(model, BATCHES)
+
+
+def test_a_callback_that_cannot_be_called_is_refused_at_the_start():
+    class Wrong(fxopt.Callback):
+        def on_fit_end(self):
+            raise AssertionError("was called")
+
+    with pytest.raises(DataError, match=r"(?s)on_fit_end cannot be called with \(state.*Wrong"):
+        trainer(callbacks=[Wrong()]).fit(Net(), BATCHES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 import torch.nn as nn
 
 from fxopt.dispatch.lowered import Entry, Lowered, edges, reads
+from fxopt.dispatch.reference import SEED, Reference
 from fxopt.errors import CaptureError
 from fxopt.ir import meta
 from fxopt.ir.capture import Call
+from fxopt.ir.edit import random
 from fxopt.ir.facts import Installed
 from fxopt.ir.program import Program
 from fxopt.passes.pipeline import Pipeline
@@ -21,7 +24,6 @@ from fxopt.runtime.binding import live_state, routing, unrouted
 from fxopt.runtime.recompute import recomputed
 from fxopt.runtime.smaller import smaller
 
-SEED = 20240229
 EDGE = "sizes of 0 or 1 are not covered"
 
 
@@ -32,7 +34,7 @@ class Checking:
     passes: Pipeline
     installed: Installed | None
 
-    def _variant(self, entry: Entry, call: Call, check: Call | None = None) -> Lowered:
+    def _variant(self, entry: Entry, call: Call, check: Reference | None = None) -> Lowered:
         raise NotImplementedError
 
     def note(self, text: str) -> None:
@@ -43,53 +45,64 @@ class Checking:
         """Whether a pass of the pipeline promises another function, other gradients or other outputs than the model's."""
         return any(p.promise.values == "bounded" or "declared" in (p.promise.gradients, p.promise.outputs) for p in self.passes)
 
-    def _small(self, entry: Entry, call: Call, sequences: bool) -> Call:
-        """A part of the call on which the model computes finite numbers and a loss, if the program covers it: checks cost less."""
-        for part in smaller(entry.raw, entry.guards, call, sequences):
-            flat = [o for o in self._peek(part) if isinstance(o, torch.Tensor) and o.is_floating_point()]
-            if all(bool(o.isfinite().all()) for o in flat) and all(float(o) != 0.0 for o in flat if o.dim() == 0):
-                return part
-        return call
-
-    def _peek(self, call: Call) -> list[Any]:
-        """The model's flat outputs, with state and random state put back."""
-        return selfcheck.outputs(self.model, lambda given: self._original(call, given), call.tensors, SEED)
+    def _reference(self, entry: Entry, call: Call) -> Reference:
+        """The model's own step on a part of the call that the program covers; on the call itself where checks are off."""
+        sequences = not any(getattr(p, "budget", None) is not None for p in self.passes)  # a plan holds for one length
+        return Reference(self.model, self._original, call, smaller(entry.raw, entry.guards, call, sequences) if self.check else ())
 
     def _original(self, call: Call, tensors: Sequence[torch.Tensor]) -> Any:
         args, kwargs = call.rebuild(tensors)
         with recomputed() if self.installed is not None else contextlib.nullcontext(), routing(unrouted):  # torch.func has no rule for what it does
             return type(self.model).forward(self.model, *args, **kwargs)
 
-    def _compare_original(self, raw: Program, call: Call, wanted: frozenset[str]) -> selfcheck.Outcome:
+    def _compare_original(self, raw: Program, reference: Reference, wanted: frozenset[str]) -> str:
+        """The captured program against the original code, before adapters come."""
+        expected, call = reference.take(wanted), reference.call
         state = live_state(self.model, list(raw.slots.keys() - raw.constants.keys()))
-        return self._compare(lambda given: self._original(call, given), lambda given: raw.run(given, state), call,
-                             f"the captured graph of {type(self.model).__name__}", wanted)
+        found = selfcheck.step(self.model, lambda given: raw.run(given, state), call.tensors, SEED, wanted)
+        return f"{self._compare(expected, found, lambda given: self._original(call, given), call, f'the captured graph of {self._name}', wanted)}"
 
-    def _compare_lowered(self, lowered: Lowered, call: Call, fresh: bool, wanted: frozenset[str] | None = None) -> selfcheck.Outcome:
+    def _compare_lowered(self, lowered: Lowered, reference: Reference, own: bool, wanted: frozenset[str] | None = None) -> str:
         """The bound program against the original code, whose weights are the adapted ones.
 
-        `fresh`: right after the first capture, which was compared with the original before adapters came, the program's own
-        graph is the reference: it needs no dense copy of the weights.
+        Args:
+            own: right after the first capture, which was compared with the model. What cannot be compared with it now is compared with
+                the program's own graph: that needs no dense copy of stored weights.
+            wanted: where a step of the model is taken for this, the parameters whose gradients are compared.
         """
         program, binding = lowered.program, lowered.binding
         assert binding is not None
-        names = [n for n in program.slots if n not in program.constants and reads(program, n)]
-
         drops = program.training and any(getattr(p, "dropout", 0.0) for p in self.passes)  # on activations: no weight shows it
         drops = drops or any(p.promise.outputs == "declared" for p in self.passes)
+        draws = any(p.promise.random == "declared" for p in self.passes) and any(random(node) for node in program.nodes)  # others than the model
+        known = None if drops or draws or any(p.promise.values == "bounded" for p in self.passes) else reference.adapted()
+        alone = known is None and (drops or own)
+        if known is not None:
+            wanted = frozenset(known.gradients)
 
         def original(given: Sequence[torch.Tensor]) -> Any:
-            if drops or fresh and self._changes_function():
+            if alone:
+                names = [n for n in program.slots if n not in program.constants and reads(program, n)]
                 return program.run(given, live_state(self.model, names))
             with adapted.only(self.model, wanted) if wanted is not None else contextlib.nullcontext():
                 return self._original(call, given)
 
-        return self._compare(original, lambda given: compression.exact(binding, [t.contiguous() for t in given]), call, f"the optimized {type(self.model).__name__}", wanted,
-                             meta.float_dtypes(program.nodes) - meta.float_dtypes(list(program.history())[-1].nodes))
+        expected = known
+        if expected is None:
+            expected = selfcheck.step(self.model, original, reference.call.tensors, SEED, wanted) if alone or reference.taken else reference.take(wanted)
+        call = reference.call
+        found = selfcheck.step(self.model, lambda given: compression.exact(binding, [t.contiguous() for t in given]), call.tensors, SEED, wanted)
+        expected = dataclasses.replace(expected, gradients={name: grad for name, grad in expected.gradients.items() if name in found.gradients})
+        computed = meta.float_dtypes(program.nodes) - meta.float_dtypes(list(program.history())[-1].nodes)
+        outcome = self._compare(expected, found, original, call, f"the optimized {self._name}", wanted, computed)
+        return f"program against {'its graph' if alone else 'the model'}: {outcome}"
 
-    def _compare(self, original: selfcheck.Run, graph: selfcheck.Run, call: Call, what: str, wanted: frozenset[str] | None = None,
+    @property
+    def _name(self) -> str:
+        return type(self.model).__name__
+
+    def _compare(self, expected: selfcheck.Step, found: selfcheck.Step, original: selfcheck.Run, call: Call, what: str, wanted: frozenset[str] | None,
                  computed: Iterable[torch.dtype] = ()) -> selfcheck.Outcome:
-        expected, found = (selfcheck.step(self.model, run, call.tensors, SEED, wanted) for run in (original, graph))
         return selfcheck.compare(self.model, expected, found, what, lambda: selfcheck.rounded(self.model, original, call.tensors, SEED, wanted), computed)
 
     def _edge(self, entry: Entry, call: Call, shapes: Any) -> str:
@@ -99,7 +112,7 @@ class Checking:
             return "ok"
         try:
             lowered = self._variant(entry, call)
-            outcome = self._compare_lowered(lowered, call, fresh=False)
+            outcome = self._compare_lowered(lowered, Reference(self.model, self._original, call), own=False)
         except (CaptureError, RuntimeError) as error:
             first = str(error).splitlines()[0]
             self.note(f"a call with sizes {pattern} is captured on its own: {first}")

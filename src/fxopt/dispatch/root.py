@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from fxopt.dispatch.checking import SEED
 from fxopt.dispatch.lowered import Entry, Lowered
 from fxopt.dispatch.failure import Failure
 from fxopt.dispatch.parts import Parts, WholeDispatcher
+from fxopt.dispatch.reference import SEED, usable
 from fxopt.errors import CallError, CaptureError, DifferentiatedTwice, FxoptError, PassError, Untraceable
 from fxopt.ir import meta
 from fxopt.ir.capture import Call
@@ -222,7 +222,7 @@ class RootDispatcher(WholeDispatcher):
         if small is not None:
             with contextlib.suppress(RuntimeError, ValueError, IndexError):  # code that takes one batch size only
                 expected = self._step(tried := small, original, None)
-        if expected is None or not _usable(expected.outputs):
+        if expected is None or not usable(expected.outputs):
             tried, expected = call, self._step(call, original, None)
         try:
             found = self._parted_step(tried, parts, None)
@@ -233,9 +233,3 @@ class RootDispatcher(WholeDispatcher):
         outcome = selfcheck.compare(self.model, expected, found, f"{type(self.model).__name__} in parts",
                                     lambda: selfcheck.rounded(self.model, original, tried.tensors, SEED), dtypes)
         parts.checks.append(f"a whole step in parts against the model: {outcome}{on(tried, call)}")
-
-
-def _usable(outputs: list[Any]) -> bool:
-    """Whether a step says something: all numbers finite, and no loss that is zero."""
-    found = [o for o in outputs if isinstance(o, torch.Tensor) and o.is_floating_point()]
-    return all(bool(o.isfinite().all()) for o in found) and all(float(o) != 0.0 for o in found if o.dim() == 0)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from fxopt.dispatch.checking import EDGE, SEED, Checking
+from fxopt.dispatch.checking import EDGE, Checking
 from fxopt.dispatch.lowered import Entry, Lowered, adapter_of, edges, last_assuming, unbound, without_assumptions, writes_input
+from fxopt.dispatch.reference import SEED, Reference
 from fxopt.errors import CallError, CaptureError, Untraceable
 from fxopt.ir import regions
 from fxopt.ir.capture import Call, capture, guards
@@ -187,7 +188,7 @@ class Dispatcher(Checking):
         modes = torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return call.spec, tuple(constants), kinds, modes, self.watched.attributes(), self.watched.parameters()
 
-    def _variant(self, entry: Entry, call: Call, check: Call | None = None) -> Lowered:
+    def _variant(self, entry: Entry, call: Call, check: Reference | None = None) -> Lowered:
         """The entry's program for a call: with the assumptions if the call meets them, else without. Made when first needed.
         With `check`, the capture is compared with the model on that call before weights are adapted."""
         if entry.assumptions is None:
@@ -316,19 +317,17 @@ class Dispatcher(Checking):
         """Make the entry's program for a call, with the checks that are due."""
         fresh, prove = self.installed is None, self.check or edge
         changed = fresh and self._changes_function()
-        sequences = not any(getattr(p, "budget", None) is not None for p in self.passes)  # a plan holds for one length
-        small = self._small(entry, call, sequences) if self.check else call
-        usable = self._variant(entry, call, small if prove and changed else None)
+        reference = self._reference(entry, call)
+        usable = self._variant(entry, call, reference if prove and changed else None)
         if prove:
             # where a size is 0 or 1 the original code is the reference, or the same proof is due when such a call comes
-            against = "its graph" if changed and not edge else "the model"
             kinds = selfcheck.kinds(self.model) if changed and edge else None  # all gradients were compared with the capture's
-            usable.checks.append(f"program against {against}: {self._compare_lowered(usable, small, fresh and not edge, kinds)}{on(small, call)}")
-            usable.checks += compression.checked(usable.binding, small.tensors)
+            usable.checks.append(self._compare_lowered(usable, reference, fresh and changed and not edge, kinds) + on(reference.call, call))
+            usable.checks += compression.checked(usable.binding, reference.call.tensors)
             if edge:
                 entry.edges.add(edges(tuple(tuple(t.shape) for t in call.tensors)))
 
-    def _lower(self, entry: Entry, passes: Pipeline, call: Call, check: Call | None) -> Lowered:
+    def _lower(self, entry: Entry, passes: Pipeline, call: Call, check: Reference | None) -> Lowered:
         raw, begun = entry.raw, entry.begun
         if self.verify is not None and self.installed is not None:
             raise CallError("verify=\"values\" covers the first capture of a model whose weights are adapted",
@@ -341,7 +340,7 @@ class Dispatcher(Checking):
         del sample  # it holds the dense weights, which installing frees
         checks = []
         if check is not None:
-            checks.append(f"capture against the model: {self._compare_original(raw, check, selfcheck.learning(program))}{on(check, call)}")
+            checks.append(f"capture against the model: {self._compare_original(raw, check, selfcheck.learning(program))}{on(check.call, call)}")
         if install(self.model, program):
             self._watched, self.installed = None, adapted.installed(self.model)
             if self.active is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -343,3 +343,37 @@ def only(model: nn.Module, names: Container[str]) -> Iterator[None]:
     finally:
         for weight, adapter in aside:
             weight.active = adapter
+
+
+def pulled_back(model: nn.Module, gradients: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None] | None:
+    """Gradients of a model that has been given adapters since, from those that it had before: of a factor by the chain rule from its
+    weight's, of what is trained as it was the same. What has none here is left out.
+
+    Returns:
+        By name; None if an adapter changes its weight's value already, or a weight is stored in another form.
+    """
+    known: dict[int, torch.Tensor | None] = {}
+    for module, leaf, weight in weights_of(model):
+        fact = weight.adapters.get(weight.active or "")
+        if weight.stored is not None:
+            return None
+        if fact is None:
+            continue
+        parts, grad = factors(module, leaf, fact.adapter), gradients.get(weight.name)
+        if isinstance(fact, Trained):
+            if not torch.equal(parts["whole"], base_of(module, leaf)):
+                return None
+            pulled = [grad]
+        elif parts.keys() != {"a", "b"} or parts["a"].any() and parts["b"].any():  # an embedding begins with A = 0
+            return None
+        elif grad is None:
+            pulled = [None, None]
+        else:
+            with torch.enable_grad():
+                pulled = list(torch.autograd.grad(delta(fact, parts["a"], parts["b"]).to(grad.dtype), list(parts.values()), grad))
+        if weight.name in gradients:
+            known.update(zip(map(id, parts.values()), pulled))
+    named = [(name, id(parameter)) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    mine = {name: known[place] for name, place in named if place in known}
+    plain = {name for name, _ in named}
+    return mine | {name: grad for name, grad in gradients.items() if name not in mine and (name in plain or name.startswith("input "))}

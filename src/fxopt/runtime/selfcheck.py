@@ -21,7 +21,7 @@ from fxopt.runtime.binding import locate
 from fxopt.torch_private import TorchDispatchMode, pytree
 
 # All gradients of a step are compared up to this many bytes; beyond, those of some parameters of each kind (see `chosen`).
-GRADIENT_BYTES = 512 << 20
+GRADIENT_BYTES = 128 << 20
 _NUMBER = re.compile(r"\d+")
 
 
@@ -64,13 +64,6 @@ def _restored(model: nn.Module, devices: Sequence[int]) -> Iterator[None]:
                 for live, kept in buffers:
                     if live.shape == kept.shape:
                         live.copy_(kept)
-
-
-def outputs(model: nn.Module, run: Run, inputs: Sequence[torch.Tensor], seed: int) -> list[Any]:
-    """The flat outputs of a run under a seed, without gradients; state and random state are put back."""
-    with _restored(model, _devices(model, inputs)), torch.no_grad():
-        torch.manual_seed(seed)
-        return pytree.tree_leaves(opened(run(_copies(inputs))))
 
 
 def _devices(model: nn.Module, inputs: Sequence[torch.Tensor]) -> list[int]:

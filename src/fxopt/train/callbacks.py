@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -235,6 +236,8 @@ class Events:
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self.callbacks = list(callbacks)
+        for callback in callbacks:
+            _check(callback)
         self.wanted: dict[str, list[Callable[..., None]]] = {
             name: [getattr(callback, name) for callback in callbacks if getattr(type(callback), name) is not getattr(Callback, name)] for name in EVENTS
         }
@@ -243,3 +246,22 @@ class Events:
         """Fire one: `events(Callback.on_step_end, state)`."""
         for call in self.wanted[event.__name__]:
             call(*arguments)
+
+
+def _check(callback: Callback) -> None:
+    """Raise if an event of a callback cannot take what it will be given: at the start, not hours later.
+
+    Raises:
+        DataError: naming the event and its arguments.
+    """
+    for name in EVENTS:
+        mine, wanted = getattr(type(callback), name), list(inspect.signature(getattr(Callback, name)).parameters)[1:]
+        if mine is getattr(Callback, name):
+            continue
+        try:
+            inspect.signature(getattr(callback, name)).bind(*wanted)
+        except TypeError as error:
+            raise DataError(f"{name} cannot be called with ({', '.join(wanted)}): {error}.", where=type(callback).__name__,
+                            do=f"Write `def {name}(self, {', '.join(wanted)})`.") from error
+        except ValueError:  # a callable that tells no signature
+            continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,8 +23,11 @@ from fxopt.train.callbacks import Callback, State
 from fxopt.train.facade import Facade
 from fxopt.train.lightning import Hooked
 from fxopt.train.metrics import Means
-from fxopt.train.optimizers import Optimizer, Rates, TorchSchedules, configured
+from fxopt.train.optimizers import Optimizer, Rates, TorchSchedules, configured, distinct
 from fxopt.train.task import Steps, device_of
+
+_CONFIGURED = ("optimizer", "lr", "weight_decay", "groups", "schedule", "warmup")
+"""What a trainer is told of the optimizers and rates that it makes itself."""
 
 
 def is_lightning_shaped(model: Any) -> bool:
@@ -110,13 +114,14 @@ class ModuleTask(Steps):
         self._shadowed: list[str] = []
         self._counted: list[Any] = []
         self._kept: list[Any] = []
+        self._trainer: Any = None
         self.both: set[str] = set()  # logged on steps and on epochs: the plain name is the newest of either
 
     # -- a run ------------------------------------------------------------------------------------------------------------
 
     def begin(self, state: State, means: Means, trainer: Any) -> None:
         """See `Task`. The target's `trainer` and `log` lead here from now on; its `setup` and `configure_model` are called."""
-        self.facade, self.state, self.means = Facade(state, trainer), state, means
+        self.facade, self.state, self.means, self._trainer = Facade(state, trainer), state, means, trainer
         shadows: dict[str, Any] = {"log": self.log, "log_dict": self.log_dict, "optimizers": lambda use_pl_optimizer=True: self.made[0] if len(self.made) == 1 else list(self.made),
                                    "lr_schedulers": self._schedulers, "manual_backward": self._manual_backward, "clip_gradients": _clip}
         for name, function in shadows.items():
@@ -149,15 +154,21 @@ class ModuleTask(Steps):
             self.target.trainer = None
 
     def optimizers(self) -> tuple[list[Optimizer], Rates | None]:
-        """See `Task`. Rates are the target's schedulers', if it configures some, and the trainer's schedule else.
+        """See `Task`. Rates are the target's schedulers', or those of its optimizers throughout.
 
         Raises:
-            DataError: it configures none.
+            DataError: it configures none; two hold one parameter, and the trainer steps them; the trainer was told of another one.
         """
+        asked = [f.name for f in fields(self._trainer) if f.name in _CONFIGURED and getattr(self._trainer, f.name) not in (f.default, "constant")]
+        if asked:
+            raise DataError(f"`{asked[0]}` is for an optimizer that the trainer makes; this module configures its own.", where=type(self.target).__name__,
+                            do=f"Set it in configure_optimizers, and leave `{asked[0]}` out.")
         returned = self.target.configure_optimizers() if callable(getattr(self.target, "configure_optimizers", None)) else None
         self.made, entries = configured(returned)
         if not self.made:
             raise DataError("configure_optimizers gave no optimizer.", where=type(self.target).__name__, do="Return one.")
+        if not self.manual:
+            distinct(self.made, self.module)
         self.rates = TorchSchedules([] if self.manual else entries, self.target.lr_scheduler_step if "lr_scheduler_step" in self.own.own else None)
         if self.manual:  # the module steps them itself, through `lr_schedulers()`
             self.rates.entries, self.rates.calls = [entry | {"interval": "never"} for entry in entries], [0] * len(entries)

@@ -60,7 +60,7 @@ def make(spec: Spec, module: nn.Module, lr: float | None, weight_decay: float, g
     """The optimizers of a run, over the parameters of `module` that require a gradient.
 
     Raises:
-        DataError: an unknown name; settings for an optimizer that is given ready; a group that matches nothing.
+        DataError: an unknown name; settings for an optimizer that is given ready; a group that matches nothing; a parameter in two optimizers.
     """
     if isinstance(spec, Optimizer) or isinstance(spec, Sequence) and not isinstance(spec, str):
         asked = [name for name, given in (("lr", lr is not None), ("weight_decay", bool(weight_decay)), ("groups", bool(groups))) if given]
@@ -71,7 +71,7 @@ def make(spec: Spec, module: nn.Module, lr: float | None, weight_decay: float, g
         if not any(id(parameter) in trained for optimizer in ready for group in optimizer.param_groups for parameter in group["params"]):
             raise DataError("The optimizer holds no parameter that the model trains.", where=", ".join(type(optimizer).__name__ for optimizer in ready) or "the trainer",
                             do="Make it from the parameters of the model that is trained, after `fxopt.optimize`.")
-        return [_stepping(optimizer) for optimizer in ready]
+        return distinct([_stepping(optimizer) for optimizer in ready], module)
     rate = DEFAULT_LR if lr is None else lr
     made = _grouped(module, rate, weight_decay, groups)
     if callable(spec):
@@ -80,6 +80,23 @@ def make(spec: Spec, module: nn.Module, lr: float | None, weight_decay: float, g
         near = difflib.get_close_matches(spec, _NAMED, 1)
         raise DataError(f"There is no optimizer {spec!r}.", do=f"Use {f'{near[0]}: ' if near else ''}one of {', '.join(_NAMED)}, or give one of torch's.")
     return [_NAMED[spec](made, lr=rate, weight_decay=weight_decay)]
+
+
+def distinct(found: list[Optimizer], module: nn.Module) -> list[Optimizer]:
+    """The same optimizers.
+
+    Raises:
+        DataError: two of them hold one parameter, which each step would then move twice.
+    """
+    held: set[int] = set()
+    for optimizer in found:
+        mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        twice = [name for name, parameter in module.named_parameters() if id(parameter) in mine & held]
+        if twice:
+            raise DataError(f"Parameters are held by two optimizers, and would be moved twice in a step: {len(twice)}.", where=", ".join(twice[:3]),
+                            do="Give each parameter to one optimizer, or step them yourself (manual optimization).")
+        held |= mine
+    return found
 
 
 def _stepping(optimizer: Optimizer) -> Optimizer:
