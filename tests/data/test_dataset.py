@@ -92,6 +92,9 @@ def test_turns_and_splits(smollm: Any) -> None:
     both = [turns.place(i) for i in rest.indices], [turns.place(i) for i in held.indices]
     assert len({*both[1]}) == 4 and not {*both[0]} & {*both[1]} and len(rest) + len(held) == len(turns)
     assert torch.equal(held[0]["input_ids"], turns[held.indices[0]]["input_ids"]) and list(held.lengths) == [turns.lengths[i] for i in held.indices]
+    assert list(turns[2:5].indices) == [2, 3, 4] and list(held[1:].indices) == list(held.indices)[1:] and torch.equal(turns[-1]["labels"], turns[len(turns) - 1]["labels"])
+    with pytest.raises(IndexError):
+        turns[len(turns)]
     with pytest.raises(DataError, match="cannot be held out"):
         turns.split(12)
 

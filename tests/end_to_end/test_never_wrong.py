@@ -7,6 +7,7 @@ import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,6 +107,35 @@ def test_plain_attributes() -> None:
     assert torch.equal(opt(x), x * 2)
     opt.k = 5.0
     assert model.k == 5.0 and torch.equal(opt(x), x * 5)
+
+
+@dataclass
+class Settings:
+    """As a configuration object of transformers: an attribute of modules, read at every call."""
+
+    scale: float = 2.0
+    shift: float | None = None
+
+
+@pytest.mark.parametrize("made", [Settings, lambda: SimpleNamespace(scale=2.0, shift=None)], ids=["dataclass", "namespace"])
+def test_settings_of_a_configuration_object(made: Callable[[], Any]) -> None:
+    model = Fn(lambda s, x: s.l(x) * s.config.scale + (s.config.shift or 0.0), l=nn.Linear(4, 4))
+    model.config = model.l.config = made()
+    opt, x = fxopt.optimize(model), torch.ones(4, 4)
+    assert same(opt(x), model.l(x) * 2)
+    opt.config.scale = 3.0
+    assert same(opt(x), model.l(x) * 3)
+    opt.config.shift = 1.0
+    assert same(opt(x), model.l(x) * 3 + 1)
+    model.config = made()
+    assert same(opt(x), model.l(x) * 2) and "config was replaced: the model is captured again" in opt.report
+
+
+def test_a_configuration_of_transformers_that_changes() -> None:
+    opt = fxopt.optimize(llama(), inputs=tokens())
+    assert opt(**tokens()).hidden_states is None
+    opt.config.output_hidden_states = True
+    assert len(opt(**tokens()).hidden_states) == opt.config.num_hidden_layers + 1
 
 
 def test_hooks_that_come_later_are_named() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -124,3 +125,35 @@ def test_commands_answer_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "graph.a.html: part a" in capsys.readouterr().out and (tmp_path / "graph.b.html").is_file()
     assert main(["verify", "branching_model:tiny", "--passes", "canonicalize", "--runs", "0"]) == 0 and "ok   b: canonicalize" in capsys.readouterr().out
     assert main(["bisect", "branching_model:tiny", "--passes", "canonicalize", "--runs", "0"]) == 4
+
+
+class Aligned(nn.Module):
+    """A loss whose working memory is as large as its labels say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return F.ctc_loss(self.body(x).log_softmax(-1).transpose(0, 1), labels, lengths, wanted)
+
+
+class Packed(nn.Module):
+    """A recurrent layer on a packed sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.rnn, self.out = nn.Linear(8, 8), nn.GRU(8, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(self.lift(x), lengths, batch_first=True, enforce_sorted=False)
+        return self.out(nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0])
+
+
+@pytest.mark.parametrize(("model", "rest", "said"), [
+    (Aligned, (torch.tensor([[1, 2, 3], [2, 4, 1]]), torch.tensor([6, 6]), torch.tensor([3, 2])), "how large the result of ctc_loss is.*compute the CTC loss outside of the model"),
+    (Packed, (torch.tensor([6, 4]),), "a size there is the value of a tensor.*leave sequences padded"),
+], ids=["ctc", "packed"])
+def test_sizes_that_are_values_are_named_with_a_way_out(model: type[nn.Module], rest: tuple[torch.Tensor, ...], said: str) -> None:
+    opt = fxopt.optimize(model(), inputs=(torch.randn(2, 6, 8), *rest))
+    assert re.search(f"(?s)left out: .*{said}", opt.report)

@@ -133,6 +133,26 @@ def test_what_has_no_denominator_asks_for_a_count() -> None:
         trained(opt, data, accumulate=2, loss=lambda model, batch: model(batch).square())
 
 
+class ByTwo(Masked):
+    """A sum that is divided by a product of two counts."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return (self.linear(x).square().mean(-1) * mask).sum() / (mask.sum() * other.sum())
+
+
+def test_a_batch_that_counts_and_whose_loss_is_divided_by_zero_is_not_left_out_in_silence() -> None:
+    parts = [{**masked(2, kept, seed), "other": masked(2, others, seed + 9)["mask"]} for seed, (kept, others) in enumerate(((3, 4), (5, 2), (0, 0), (4, 0)))]
+    opt = fxopt.optimize(ByTwo().double(), "canonicalize | denominator", inputs=parts[0])
+    result, (ours,) = trained(opt, parts[:3], accumulate=2)
+    assert result.skipped == 1 and result.steps[0].items == 8 * 6
+    model = ByTwo().double()
+    model(*(torch.cat([part[key] for part in parts[:2]]) for key in ("x", "mask", "other"))).backward()
+    whole = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert float((ours - whole).abs().max()) <= EXACT * float(whole.abs().max())
+    with pytest.raises(DataError, match="which is 0 for a batch whose counts are not all 0"):
+        trained(opt, [parts[1], parts[3]], accumulate=2)
+
+
 def test_losses_that_count_in_different_ways_are_not_added() -> None:
     class Either(Masked):
         def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

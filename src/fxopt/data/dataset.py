@@ -145,13 +145,12 @@ class Dataset:
         Raises:
             IndexError: there is no such sample.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(index)
         row, piece = divmod(self._places[index], _PIECES)
         return self._pieces(row, self.reader[row])[piece]
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.encoded(index).tensors()
+    def __getitem__(self, index: Any) -> Any:
+        """As of a list: a sample, or of a slice a `Part`."""
+        return Part(self, range(len(self))[index]) if isinstance(index, slice) else self.encoded(index).tensors()
 
     def place(self, index: int) -> str:
         """Where the row of a sample stands."""
@@ -220,7 +219,7 @@ class Dataset:
 
 
 class Part:
-    """Some samples of a data set: see `Dataset.split`."""
+    """Some samples of a data set: see `Dataset.split` and `Dataset.__getitem__`."""
 
     def __init__(self, dataset: Dataset, indices: Sequence[int]) -> None:
         self.dataset, self.indices = dataset, array("q", indices)
@@ -229,8 +228,9 @@ class Part:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.dataset[self.indices[index]]
+    def __getitem__(self, index: Any) -> Any:
+        """As of a list: a sample, or of a slice a `Part`."""
+        return Part(self.dataset, self.indices[index]) if isinstance(index, slice) else self.dataset[self.indices[index]]
 
     def collate(self, samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """See `Dataset.collate`."""

@@ -19,6 +19,11 @@ _CURES = (
     (re.compile(r"\.item\(|\.tolist\(|\bint\(|\bfloat\("), "keep the number a tensor, or pass it as an argument"),
 )
 
+_SIZE = re.compile(r"DynamicOutputShapeException: aten\.(\w+)")
+_SIZES = {"_ctc_loss": "return the log-probabilities, and compute the CTC loss outside of the model",
+          "nonzero": "use a mask with torch.where, or multiply by it, and do not pick elements",
+          "masked_select": "use a mask with torch.where, or multiply by it, and do not pick elements",
+          "repeat_interleave": "pass output_size, or gather with indices that are computed outside of the model"}
 _ANY = "write it with torch.where and masks, or move it out of the model"
 
 
@@ -45,6 +50,12 @@ class Failure:
             return cls(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}", path, "", "")
         place, _, line = (error.where or "").partition(", ")
         module = place.removeprefix("module ") if place.startswith("module ") else path
+        if (sized := _SIZE.search(error.what)) is not None:
+            return cls(f"how large the result of {sized[1].lstrip('_')} is depends on values, which a graph cannot hold", path if module == "<root>" else module, line,
+                       _SIZES.get(sized[1], "compute it outside of the model"))
+        if "but got FakeTensor" in error.what:
+            return cls("a size there is the value of a tensor, which a graph cannot hold", path if module == "<root>" else module, line,
+                       "pass sizes as numbers; leave sequences padded instead of packed (`pack_padded_sequence`), with a mask where it matters")
         values = "data-dependent" in error.what.lower() or "DataDependent" in error.what
         cure = next((cure for pattern, cure in _CURES if pattern.search(line.split(": ", 1)[-1])), _ANY) if values else None
         return cls(_VALUES if values else error.what, path if module == "<root>" else module, line, cure or error.do or "")

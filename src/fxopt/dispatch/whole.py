@@ -146,9 +146,9 @@ class Dispatcher(Checking):
         """Forget all programs if a module of the model was replaced."""
         if self._watched is not None and self._watched.stale():
             if self.installed is not None:
-                raise CallError(f"the module {self._watched.stale()} was replaced after adapters were added", where=type(self.model).__name__,
+                raise CallError(f"{self._watched.stale()} was replaced after adapters were added", where=type(self.model).__name__,
                                 do="put it back, or optimize the changed model afresh (`opt.merge()` gives a plain one)")
-            self.note(f"the module {self._watched.stale()} was replaced: the model is captured again")
+            self.note(f"{self._watched.stale()} was replaced: the model is captured again")
             self.forget()
 
     def forget(self) -> None:

@@ -115,7 +115,10 @@ class Counter:
             counts = tuple(by.measure(call.tensors, state))
         except CallError as error:
             return Underivable(error.what, error.where or "")
-        return Items(by.divisor(counts, state), counts, by, state)
+        number = by.divisor(counts, state)
+        if number == 0 and any(counts[: len(counts) - len(by.sizes)]):  # its sum need not be 0, and is part of the whole's
+            return Underivable(f"its loss is divided by {by.text}, which is 0 for a batch whose counts are not all 0")
+        return Items(number, counts, by, state)
 
 
 def shares(group: Sequence[Items]) -> tuple[list[float], float]:
