@@ -15,6 +15,13 @@ def _differentiate(grad, x, out):
     torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out)
 
 
+def _both(x, value, slope):
+    """silu = x s and its derivative s + silu (1 - s), from one sigmoid s. ATen's silu_backward computes it again."""
+    torch.sigmoid(x, out=slope)
+    torch.mul(x, slope, out=value)
+    slope.lerp_(slope.new_ones(()), value)
+
+
 def forward(gate, up):
     """SwiGLU: y = silu(gate) * up, with silu(z) = z * sigmoid(z).
 
@@ -40,7 +47,7 @@ def forward_fake(gate, up):
 
 def backward(dy, gate, up, output_mask):
     """Gradients (dgate, dup) of `swiglu`; None where the mask is off."""
-    return gated.backward(dy, gate, up, _activate, _differentiate, output_mask)
+    return gated.backward(dy, gate, up, _activate, _differentiate, output_mask, _both if gate.element_size() > 2 else None)
 
 
 def backward_fake(dy, gate, up, output_mask):
