@@ -308,3 +308,12 @@ def test_attributes_put_aside_are_seen_and_put_back() -> None:
     with pytest.raises(RuntimeError), torch_patches.put_aside([(layer, "index")]):
         raise RuntimeError
     assert nn.Module.__getattr__ is getter and layer.index == 3
+
+
+def test_a_cache_that_keeps_blocks_apart_is_said() -> None:
+    inputs = dict.fromkeys(("input_ids", "labels"), torch.randint(VOCABULARY, (2, 6)))
+    model, said = FAMILIES["qwen3"](2), {}
+    for model.config.use_cache in (True, False):
+        said[model.config.use_cache] = fxopt.optimize(model, inputs=inputs).report
+    assert "blocks are traced one by one, which takes as much longer (model.layers.0: it takes a DynamicCache)" in said[True]
+    assert "one by one" not in said[False]

@@ -29,6 +29,7 @@ from fxopt.torch_private import HigherOrderOperator, pytree
 _LIBRARY = torch.library.Library("fxopt_capture", "FRAGMENT")
 _RESULTS: dict[int, list[tuple[Any, ...]]] = {}  # by number of a stand-in: sizes, strides, dtype, gradient flag of its results
 _NUMBERS = itertools.count()
+_TAKES = "it takes a "
 
 
 def _stand_in(given: list[torch.Tensor], number: int) -> list[torch.Tensor]:
@@ -80,7 +81,7 @@ class Arguments:
             elif plain(leaf):
                 found.append((type(leaf), repr(leaf)))
             else:
-                raise Unlike(f"it takes a {type(leaf).__name__}")
+                raise Unlike(f"{_TAKES}{type(leaf).__name__}")
         return self.spec, tuple(found), _modes()
 
 
@@ -172,6 +173,13 @@ class Blocks:
         self.standing: dict[int, Standing] = {}
         self.alone: dict[str, str] = {}
         self.modes = _modes()
+
+    @property
+    def objects(self) -> str:
+        """A sentence if an argument that no trace can compare kept all blocks apart; else ""."""
+        found = "" if self.standing else next((f"{path}: {why}" for path, why in self.alone.items() if why.startswith(_TAKES)), "")
+        return found and (f"{len(self.blocks)} repeated blocks are traced one by one, which takes as much longer ({found}): leave it out in training "
+                          "(a key-value cache: config.use_cache = False)")
 
     @contextlib.contextmanager
     def sharing(self) -> Iterator[None]:

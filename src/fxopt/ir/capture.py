@@ -161,10 +161,12 @@ def _shared(model: nn.Module, call: Call, examples: tuple[torch.Tensor, ...], pl
         return None
     blocks, returned, grad = Blocks(model, paths, places), Returned(), torch.is_grad_enabled()
     try:
-        exported = _export(model, call, examples, places, returned, blocks)
-        return _from_export(model, call, exported, returned, blocks)
+        program = _from_export(model, call, _export(model, call, examples, places, returned, blocks), returned, blocks)
+        if note is not None and blocks.objects:
+            note(blocks.objects)
+        return program
     except Exception as error:  # noqa: BLE001  the full capture has the last word, and the error to report
-        if blocks.standing and note is not None:
+        if blocks.standing and note:
             note(f"repeated blocks are traced one by one: {_first_line(error)}")
         return None
     finally:
@@ -179,8 +181,7 @@ def _export(model: nn.Module, call: Call, examples: tuple[torch.Tensor, ...], pl
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else ""
+    return next(iter(str(error).strip().splitlines()), "")[:300]
 
 
 def _advice(error: BaseException) -> str:
