@@ -202,7 +202,7 @@ _NOTES = {
           "fits if this or `above weights` is within that of `checkpointing`. `fxopt-tight`: the budget is "
           "what `checkpointing` held at the allocator, which is less.",
     "C5": "From the model object (weights loaded) to the end of the first optimizer step: adding adapters, capture and its checks, or compilation with an "
-          "empty cache.",
+          "empty cache. Modules are imported before it: ours, the peers', and the compiler.",
 }
 
 
